@@ -1,0 +1,93 @@
+"""What is watched during pretraining: the loss on unseen documents against their entropy, and copying from the
+context."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from labkit.world.domains import DOMAINS
+from labkit.world.draw import Draw
+from labkit.world.render import ask, prose
+from labkit.world.schema import by_name
+from labkit.world.seeds import VALIDATION_SEEDS
+from labkit.world.stream import STAGES, document, new_fact
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Cross-entropy on whole documents and the generator's own, both in nats a token."""
+
+    model: float
+    floor: float
+    tokens: int
+
+    @property
+    def excess(self) -> float:
+        """How far the model is above the floor, as a share of it."""
+        return self.model / self.floor - 1
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+    """Rows of ids as (len(rows), longest), filled on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
+
+
+@torch.no_grad()
+def validation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, documents: int = 256, *, first: int = 0
+) -> Loss:
+    """The loss on validation documents, each alone in its row, every token after `<|start|>` counted, `<|end|>` too."""
+    samples = [document(VALIDATION_SEEDS[first + i], STAGES[-1]) for i in range(documents)]
+    rows = [[*tokenizer(s.text)["input_ids"], tokenizer.eos_token_id] for s in samples]
+    rows.sort(key=len)
+    total = 0.0
+    for i in range(0, documents, 32):
+        part = rows[i : i + 32]
+        inputs = padded(part, tokenizer.pad_token_id).to(model.device)
+        labels = padded(part, IGNORED).to(model.device)
+        logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].float()
+        total += nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+        ).item()
+    tokens = sum(len(row) - 1 for row in rows)
+    floor = sum(s.nats for s in samples) / tokens
+    return Loss(total / tokens, floor, tokens)
+
+
+def reading_prompt(draw: Draw, passages: int) -> tuple[str, str]:
+    """Passages about entities of one kind that give the same attributes, a question about one, and its answer."""
+    kind = draw.pick(DOMAINS[draw.pick(("company", "port"))].kinds)
+    attributes = draw.order(kind.attributes, 3)
+    entities = [kind.name(draw) for _ in range(passages)]
+    facts = [[new_fact(draw, kind, e, a, may_change=False) for a in draw.order(attributes)] for e in entities]
+    texts = [prose(draw, kind, fs) for fs in facts]
+    fact = draw.pick(draw.pick(facts))
+    question = ask(draw, kind.attribute(fact.attribute), by_name(kind, fact.entity))
+    return "\n".join([*texts, question, ""]), fact.value
+
+
+@torch.no_grad()
+def copying(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, passages: int, *, questions: int = 128
+) -> float:
+    """The share of answers that the base model gives exactly (greedy, no finetuning) after passages and a question."""
+    rows, spans = [], []
+    for i in range(questions):
+        prompt, answer = reading_prompt(Draw("copying", VALIDATION_SEEDS[0], passages, i), passages)
+        ids = tokenizer(prompt)["input_ids"]
+        target = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        rows.append(ids + target)
+        spans.append((len(ids), len(ids) + len(target)))
+    right = 0
+    for i in range(0, questions, 32):
+        inputs = padded(rows[i : i + 32], tokenizer.pad_token_id).to(model.device)
+        best = model(input_ids=inputs, use_cache=False).logits.argmax(-1)
+        for row, guess, (start, end) in zip(inputs, best, spans[i : i + 32], strict=True):
+            right += bool((guess[start - 1 : end - 1] == row[start:end]).all())
+    return right / questions

@@ -1,0 +1,5 @@
+# %% [markdown]
+# # Title
+
+# %% [markdown]
+# It rose from {{before}} to {{after:interval}} in {{run:seconds}} s.

@@ -1,0 +1,7 @@
+# %% check="one" points=1
+assert str(1) == "1", "One is one"
+
+# %% exercise="one" difficulty=1 minutes=5
+### BEGIN SOLUTION
+one = 1
+### END SOLUTION

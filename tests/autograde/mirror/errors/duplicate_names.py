@@ -1,0 +1,12 @@
+# %% exercise="one" difficulty=1 minutes=5
+### BEGIN SOLUTION
+one = 1
+### END SOLUTION
+
+# %% check="one" points=1
+assert one == 1, "One is one"
+
+# %% exercise="one" difficulty=1 minutes=5
+### BEGIN SOLUTION
+one = 1
+### END SOLUTION

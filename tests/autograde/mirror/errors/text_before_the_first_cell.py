@@ -1,0 +1,4 @@
+"""A module docstring."""
+
+# %%
+one = 1

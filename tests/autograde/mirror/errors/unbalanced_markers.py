@@ -1,0 +1,13 @@
+# %% exercise="one" difficulty=1 minutes=5
+### BEGIN SOLUTION
+one = 1
+
+# %% check="one" points=1
+assert one == 1, "One is one"
+### BEGIN HIDDEN TESTS
+assert one < 2, "One is one"
+### BEGIN HIDDEN TESTS
+### END HIDDEN TESTS
+
+# %%
+### END SOLUTION

@@ -1,0 +1,10 @@
+# %% colour="red"
+one = 1
+
+# %% exercise="one" difficulty=1 minutes=5 hints=3
+### BEGIN SOLUTION
+one = 1
+### END SOLUTION
+
+# %% check="one" points=1
+assert one == 1, "One is one"

@@ -1,0 +1,91 @@
+"""What a learner does in JupyterLab, as functions of a Playwright page."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+from playwright.sync_api import Locator, Page, expect
+
+RUN_TIMEOUT = 900_000  # ms; validating runs a whole lesson, which trains for minutes on a busy machine
+
+
+def open_notebook(page: Page, address: str) -> None:
+    page.goto(address)
+    wait_for_kernel(page)
+
+
+def wait_for_kernel(page: Page) -> None:
+    page.wait_for_function(
+        "window.jupyterapp?.shell.currentWidget?.context?.sessionContext?.session?.kernel?.status === 'idle'",
+        timeout=90_000,
+    )
+
+
+def notebook(page: Page) -> Locator:
+    """The notebook in front."""
+    return page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def position(path: Path, grade_id: str) -> int:
+    """The index of the nbgrader cell of that id."""
+    for index, cell in enumerate(read(path).cells):
+        if cell.metadata.get("nbgrader", {}).get("grade_id") == grade_id:
+            return index
+    raise LookupError(f"{path} has no cell {grade_id}")
+
+
+def cell(page: Page, index: int) -> Locator:
+    return notebook(page).locator(f".jp-Cell[data-windowed-list-index='{index}']")
+
+
+def select(page: Page, index: int) -> Locator:
+    """Scroll the cell into view and make it the active one. JupyterLab renders only what is near the view."""
+    page.evaluate(
+        """async (index) => {
+            const panel = window.jupyterapp.shell.currentWidget;
+            panel.content.activeCellIndex = index;
+            await panel.content.scrollToItem(index, 'center');
+        }""",
+        index,
+    )
+    target = cell(page, index)
+    expect(target).to_be_visible()
+    return target
+
+
+def run(page: Page, index: int) -> Locator:
+    """Run one cell with the keyboard and wait for its end."""
+    target = select(page, index)
+    target.locator(".jp-InputPrompt, .jp-InputArea").first.click(position={"x": 5, "y": 5})
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+Enter")
+    expect(target.locator(".jp-InputArea-prompt")).to_have_text(re.compile(r"\[\d+\]:"), timeout=RUN_TIMEOUT)
+    return target
+
+
+def write(page: Page, index: int, source: str) -> None:
+    """Replace a cell's text as a paste would."""
+    target = select(page, index)
+    target.locator(".cm-content").click()
+    page.keyboard.press("Control+a")
+    page.keyboard.insert_text(source)
+
+
+def outputs(target: Locator) -> str:
+    return "\n".join(target.locator(".jp-OutputArea-output").all_inner_texts())
+
+
+def save(page: Page) -> None:
+    page.keyboard.press("Control+s")
+    page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty")
+
+
+def active_path(page: Page) -> str:
+    """The path of the document in front."""
+    return str(json.loads(page.evaluate("JSON.stringify(window.jupyterapp.shell.currentWidget.context.path)")))
