@@ -24,7 +24,7 @@ from .data import PHASES, Cursor, Phase, batches
 from .model import new
 from .optimizer import optimizers
 from .probe import IGNORED, copying, validation
-from .shipping import redraw_unseen, ship
+from .shipping import redraw_rare, ship
 from .tokenizer import train_tokenizer
 
 WARM_UP = 100
@@ -120,13 +120,14 @@ def train(
                     group["lr"] = peak * factor
             batch, cursor = next(data)
             if cursor.phase != state["cursor"][0]:
-                redraw_unseen(model.get_input_embeddings().weight.data, state["counts"])
+                redraw_rare(model.get_input_embeddings().weight.data, state["counts"])
             losses.append(train_step(model, batch, tokenizer.pad_token_id, bf16=device.startswith("cuda")))
             for opt in opts:
                 opt.step()
                 opt.zero_grad()
-            state["counts"] += torch.from_numpy(np.bincount(batch.ravel(), minlength=len(tokenizer)))
-            state["tokens"] += int((batch != tokenizer.pad_token_id).sum())
+            met = batch[batch != tokenizer.pad_token_id]
+            state["counts"] += torch.from_numpy(np.bincount(met, minlength=len(tokenizer)))
+            state["tokens"] += met.size
             state["step"], state["cursor"] = step + 1, astuple(cursor)
             progress.update(task, completed=step + 1, description=f"loss {losses[-1]:.3f}")
             if (step + 1) % every == 0 or step + 1 == steps:

@@ -12,7 +12,7 @@ from labkit.base_model import data, train
 from labkit.base_model.data import Phase, batch_up, shard
 from labkit.base_model.optimizer import Muon, orthogonalise
 from labkit.base_model.probe import padded
-from labkit.base_model.shipping import redraw_unseen, ship
+from labkit.base_model.shipping import redraw_rare, ship
 from labkit.base_model.train import rate
 from labkit.world import TRAIN_SEEDS, World
 from labkit.world.stream import STAGES, document
@@ -225,12 +225,12 @@ class Here:
         return type("Done", (), {"result": lambda self: value})()
 
 
-def test_unseen_tokens_get_rows_of_their_own() -> None:
+def test_rare_tokens_get_rows_of_their_own() -> None:
     torch.manual_seed(0)
     weight = torch.randn(400, 4) * torch.tensor([1.0, 2.0, 0.1, 1.0])
     weight[200:] = -5.0
     before = weight.clone()
-    redraw_unseen(weight, torch.tensor([1.0] * 200 + [0.0] * 200))
+    redraw_rare(weight, torch.tensor([1e4] * 200 + [0.0] * 100 + [3.0] * 100))
     assert torch.equal(weight[:200], before[:200])
     assert torch.allclose(weight[200:].std(0), weight[:200].std(0), rtol=0.3)
     assert len({tuple(row) for row in weight[200:].tolist()}) == 200
