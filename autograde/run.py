@@ -1,10 +1,12 @@
 """Runs lessons with their solutions through papermill: each in a process of its own, under limits, side by side."""
 
+import fcntl
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,24 +80,26 @@ def run_lessons(
     """Run the lessons at `sources`, `jobs` at a time; one that fails does not stop the others.
 
     `progress(source, i, n)` is called from other threads as cell i of n starts. Raises `CourseError` before anything
-    runs when a source cannot be built, or has no parameter of a given name.
+    runs when a source cannot be built, has no parameter of a given name, or is being run in this tree already.
     """
     lessons = [lesson.load(source) for source in sources]
     notebooks = [build.source_notebook(parsed) for parsed in lessons]
-    work = []
-    for parsed, notebook in zip(lessons, notebooks, strict=True):
-        folder = course.state / "runs" / parsed.stem
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        (folder / "source.ipynb").write_text(build.to_text(notebook), encoding="utf-8")
-        _refuse_unknown(parsed, folder / "source.ipynb", parameters)
-        work.append((parsed, folder))
 
     def run(item: tuple[Lesson, Path]) -> LessonRun:
         parsed, folder = item
         return _run(parsed, folder, parameters, limits, lambda at, of: progress(parsed.path, at, of))
 
-    return side_by_side(run, work, jobs)
+    with ExitStack() as held:
+        work = []
+        for parsed, notebook in zip(lessons, notebooks, strict=True):
+            folder = course.state / "runs" / parsed.stem
+            held.enter_context(_alone(parsed, folder.with_suffix(".lock")))
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            (folder / "source.ipynb").write_text(build.to_text(notebook), encoding="utf-8")
+            _refuse_unknown(parsed, folder / "source.ipynb", parameters)
+            work.append((parsed, folder))
+        return side_by_side(run, work, jobs)
 
 
 def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
@@ -127,6 +131,20 @@ def save(run: LessonRun, to: Path) -> None:
     scratch = to.with_suffix(".json.new")
     scratch.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     scratch.replace(to)
+
+
+@contextmanager
+def _alone(parsed: Lesson, lock: Path) -> Iterator[None]:
+    """Hold the lesson's folder of runs; the system lets go of it however this process ends."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CourseError(
+                f"lesson {parsed.number} is being run in this folder already: wait for that run's end, or stop it"
+            ) from None
+        yield
 
 
 def _run(

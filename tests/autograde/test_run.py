@@ -1,5 +1,6 @@
 """Lessons through papermill: what fails is named while the others finish; parameters and results pass through."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -249,3 +250,15 @@ def test_saving_is_refused_with_parameters(tmp_path: Path, monkeypatch: pytest.M
     refused = CliRunner().invoke(app, ["1.1", "-p", "steps", "1", "--save"])
     assert isinstance(refused.exception, CourseError)
     assert "leave out -p" in str(refused.exception)
+
+
+def test_a_lesson_that_runs_already_is_left_alone(tmp_path: Path) -> None:
+    course = course_of(tmp_path, _1_1_good=GOOD)
+    folder = course.state / "runs" / "1_1_good"
+    folder.mkdir(parents=True)
+    (folder / "executed.ipynb").write_text("the other run's")
+    with folder.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(CourseError, match=r"^lesson 1\.1 is being run in this folder already"):
+            run_lessons(course, course.sources(), {}, LIMITS, 1, _quiet)
+    assert (folder / "executed.ipynb").read_text() == "the other run's"
