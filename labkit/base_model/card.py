@@ -1,7 +1,8 @@
 """The model card and the curve of a run: `python -m labkit.base_model.card` evaluates the shipped model and writes
 both.
 
-What it writes comes from measurements only: `history.json` of the training run, `evaluation.json` of the evaluations.
+What it writes comes from measurements only: `history.json` and `run.json` of the training run, `evaluation.json` of the
+evaluations.
 """
 
 import json
@@ -78,9 +79,9 @@ def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def card(found: list[Quantity], history: list[dict[str, Any]], model: PreTrainedModel, size: int) -> str:
-    """The model card's text; `size` is that of model.safetensors in bytes."""
-    last, config = history[-1], model.config
+def card(found: list[Quantity], run: dict[str, Any], model: PreTrainedModel, size: int) -> str:
+    """The model card's text; `run` is run.json, `size` that of model.safetensors in bytes."""
+    config = model.config
     rows = []
     for q in found:
         seeds = ", ".join(written(q.name, v) for v in q.values)
@@ -106,10 +107,11 @@ def card(found: list[Quantity], history: list[dict[str, Any]], model: PreTrained
             f"{config.num_attention_heads} heads over {config.num_key_value_heads} key-value heads, feed-forward "
             f"{config.intermediate_size}, vocabulary {config.vocab_size}, tied embeddings: "
             f"{model.num_parameters():,} parameters, {size / 1e6:.1f} MB.",
-            f"- Data: {last['tokens']:,} tokens of the stream, none twice: {phases}.",
-            f"- Optimiser: Muon (rate {MUON_RATE}) and AdamW (rate {ADAM_RATE}), {last['step']:,} steps, float32.",
-            f"- Time: {last['seconds'] / 60:.0f} minutes on two shared CPU cores "
-            f"({last['tokens'] / last['seconds']:,.0f} tokens a second).",
+            f"- Data: {run['tokens']:,} tokens of the stream, no document twice: {phases}.",
+            f"- Optimiser: Muon (rate {MUON_RATE}) and AdamW (rate {ADAM_RATE}), {run['step']:,} steps; over the last "
+            f"{run['fall']:,} the rates fall linearly to 0.",
+            f"- Machine: {', then '.join(run['machines'])}, shared with other work or not: {run['seconds'] / 60:.0f} "
+            f"minutes in all ({run['tokens'] / run['seconds']:,.0f} tokens a second).",
             f"- Evaluated with torch {torch.__version__} on {platform.machine()}, {torch.get_num_threads()} threads.",
             "",
             "## Measured",
@@ -124,11 +126,6 @@ def card(found: list[Quantity], history: list[dict[str, Any]], model: PreTrained
             "![validation loss and copying over training](curve.png)",
             "",
             "## Limits",
-            "",
-            "The shipped weights come from a run whose mixes, batch sizes and fall of the rate were adjusted while it",
-            "ran; the phases above are those of the recipe. Rows with one seed come from a shortened evaluation on a",
-            "busy machine, with batches of 16 and 60 seconds for triage; run the command above on an idle one for all",
-            "seeds.",
             "",
             "It knows a grammar of templates, not English. It was trained once, from one seed. Its scores are no",
             "evidence about any other model; only comparisons made with it are of interest.",
@@ -148,7 +145,8 @@ def main() -> None:
     (SHIPPED / "evaluation.json").write_text(json.dumps([vars(q) for q in found], indent=1) + "\n")
     draw_curve(history, SHIPPED / "curve.png")
     size = (SHIPPED / "model.safetensors").stat().st_size
-    (SHIPPED / "README.md").write_text(card(found, history, model, size))
+    run = json.loads((SHIPPED / "run.json").read_text())
+    (SHIPPED / "README.md").write_text(card(found, run, model, size))
 
 
 if __name__ == "__main__":

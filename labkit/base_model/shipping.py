@@ -33,8 +33,8 @@ def redraw_rare(embedding: Tensor, counts: Tensor) -> None:
 
 
 def ship(state: dict[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaForCausalLM:
-    """Write config.json, model.safetensors, the tokenizer's files and history.json into the folder; returns the
-    model."""
+    """Write config.json, model.safetensors, the tokenizer's files, history.json and run.json into the folder; returns
+    the model."""
     model = new(tokenizer)
     model.load_state_dict(state["model"])
     redraw_rare(model.get_input_embeddings().weight.data, state["counts"])
@@ -45,4 +45,6 @@ def ship(state: dict[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "history.json").write_text(json.dumps(state["history"], indent=1) + "\n")
+    run = {name: state[name] for name in ("step", "fall", "tokens", "seconds", "machines")}
+    (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     return model.eval()

@@ -9,6 +9,7 @@ started again; it goes on from the last checkpoint and ends with the same weight
 import argparse
 import json
 import os
+import platform
 import time
 from dataclasses import astuple
 from pathlib import Path
@@ -54,6 +55,13 @@ def train_step(model: LlamaForCausalLM, batch: np.ndarray, pad: int, *, bf16: bo
     return loss.item()
 
 
+def machine(device: str) -> str:
+    """What the run computes on, for the model card."""
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(device)}, bfloat16"
+    return f"{torch.get_num_threads()} threads of an {platform.machine()} CPU, float32"
+
+
 def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
     """The watched quantities."""
     model.eval()
@@ -90,13 +98,17 @@ def train(
         "history": [],
         "cursor": (0, 0, 0),
         "counts": torch.zeros(len(tokenizer)),
+        "machines": [],
     }
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state |= torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
+    if machine(device) not in state["machines"]:
+        state["machines"].append(machine(device))
+    state["fall"] = fall
     started = time.perf_counter() - state["seconds"]
 
     def snapshot() -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import json
 import warnings
 from pathlib import Path
 
@@ -207,6 +208,9 @@ def test_a_killed_run_ends_with_the_same_weights(
         assert torch.equal(weight, ends[1]["model"][name]), name
     assert (tmp_path / "killed" / "plateau.pt").exists()
     model = ship(ends[0], tokenizer, tmp_path / "out")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (run["step"], run["fall"], run["tokens"]) == (8, 2, ends[0]["tokens"])
+    assert run["machines"] == [train.machine("cpu")]
     again, _ = base_model.load(tmp_path / "out")
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
