@@ -1,8 +1,8 @@
 """Pretrain the base model: `python -m labkit.base_model.train`.
 
-The learning rate warms up, stays, falls with the inverse square root of the step and in the end linearly to zero (Zhai
-et al., Scaling Vision Transformers, 2022), so a longer run repeats a shorter one until that cools: the checkpoint
-`warm.pt`, kept when the linear fall begins, continues with a larger `--steps`. A run can be killed at any time and
+The learning rate warms up, stays, and falls linearly to zero over the last part of the steps (warm-up, stable, decay:
+Hu et al., MiniCPM, 2024, section 4), so a longer run repeats a shorter one until that decays: the checkpoint
+`plateau.pt`, kept when the fall begins, continues with a larger `--steps`. A run can be killed at any time and
 started again; it goes on from the last checkpoint and ends with the same weights as a run that was never killed.
 """
 
@@ -28,16 +28,13 @@ from .probe import IGNORED, copying, validation
 from .shipping import redraw_rare, ship
 from .tokenizer import train_tokenizer
 
-WARM_UP, HOLD = 100, 1000
-MUON_RATE, ADAM_RATE = 0.01, 1e-3
+WARM_UP = 100
+MUON_RATE, ADAM_RATE = 0.02, 1e-3
 
 
 def rate(step: int, steps: int, fall: int) -> float:
-    """The learning rate's factor at a step: linear warm-up, 1 until `HOLD`, then the inverse square root of the step.
-
-    All of it times a linear fall to 0 over the last `fall` steps.
-    """
-    return min(1.0, (step + 1) / WARM_UP, (HOLD / (step + 1)) ** 0.5) * min(1.0, (steps - step) / fall)
+    """The learning rate's factor at a step: linear warm-up, constant, linear fall to 0 over the last `fall` steps."""
+    return min(1.0, (step + 1) / WARM_UP, (steps - step) / fall)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -128,7 +125,7 @@ def train(
         task = progress.add_task("pretraining", total=steps, completed=state["step"])
         for step in range(state["step"], steps):
             if step == steps - fall:
-                save(folder / "warm.pt", snapshot())
+                save(folder / "plateau.pt", snapshot())
             factor = rate(step, steps, fall)
             for opt, peak in zip(opts, peaks, strict=True):
                 for group in opt.param_groups:
