@@ -23,11 +23,13 @@ WINDOW = 256
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training: the mix of documents, the most tokens in a batch, and its shards (None: to the end)."""
+    """A stretch of training: the mix of documents, the most tokens in a batch, its shards (None: to the end), and the
+    number of the first, so that a mix can come back without repeating a document."""
 
     stage: Stage
     tokens: int
     shards: int | None
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ PHASES = (
     Phase(STAGES[0], 2048, 4),
     Phase(STAGES[1], 2048, 2),
     Phase(STAGES[2], 2048, 12),
-    Phase(STAGES[3], 2048, None),
+    Phase(STAGES[4], 2048, 14),
+    Phase(STAGES[3], 2048, 8),
+    Phase(STAGES[4], 2048, None, first=14),
 )
 
 
@@ -103,7 +107,7 @@ def batches(
         ahead: list[tuple[int, int, Future[list[np.ndarray]]]] = []
         skip = cursor.batch
         for p, s in shards():
-            ahead.append((p, s, pool.submit(shard, tokenizer, phases[p], s)))
+            ahead.append((p, s, pool.submit(shard, tokenizer, phases[p], phases[p].first + s)))
             if len(ahead) <= workers:
                 continue
             p, s, future = ahead.pop(0)

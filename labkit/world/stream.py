@@ -1,11 +1,11 @@
 """The pretraining stream: short documents that state facts and then state them again, each with its surprisal.
 
-Seven sorts of documents: `drill` (a list and the same list again), `register` (rolls read twice, pairs asked back in
-another order), `reading` (passages, then questions and answers about them in prose), `restate` (the same facts in
-another layout), `record` (facts in prose and as one line of JSON), `signs` (words on signs, asked back) and
-`complaint` (a message and what the clerks did about it). Names and values are new in every document, so nothing can
-be learnt by heart: a model gets better only by learning the language and by reading its context. No chat format and
-no triage is in it: no record has a triage's keys or labels.
+Eight sorts of documents: `drill` (a list and the same list again), `register` (rolls read twice, pairs asked back in
+another order), `directory` (the same facts of several entities, asked back), `reading` (passages, then questions and
+answers about them in prose), `restate` (the same facts in another layout), `record` (facts in prose and as one line
+of JSON), `signs` (words on signs, asked back) and `complaint` (a message and what the clerks did about it). Names and
+values are new in every document, so nothing can be learnt by heart: a model gets better only by learning the language
+and by reading its context. No chat format and no triage is in it: no record has a triage's keys or labels.
 
 A document's `nats` are the surprisal of its derivation (see `draw.Draw`). In the mean over documents they are an
 upper bound of the surprisal of the text, tight up to rare ambiguities (two names that coincide, two slips that spell
@@ -62,6 +62,17 @@ STAGES = (
             ("complaint", 0.25),
         ),
         2,
+    ),
+    Stage(
+        "recall",
+        (
+            ("directory", 0.45),
+            ("register", 0.15),
+            ("reading", 0.30),
+            ("restate", 0.04),
+            ("complaint", 0.06),
+        ),
+        4,
     ),
     Stage(
         "full",
@@ -160,6 +171,19 @@ def register(draw: Draw) -> str:
         end.join(f"{a}{joint}{b}" for a, b in draw.order(pairs)),
     ]
     return "\n".join(lines)
+
+
+def directory(draw: Draw) -> str:
+    """The same one or two facts of several entities, a sentence each, and then questions about them: whoever asks must
+    find the name."""
+    kind = draw.pick(pick_domain(draw).kinds)
+    attributes = draw.order(kind.attributes, draw.between(1, 2))
+    entities = [kind.name(draw) for _ in range(draw.between(2, 5))]
+    facts = [new_fact(draw, kind, entity, a, may_change=False) for entity in entities for a in attributes]
+    lines = [sentence(draw, kind, fact) for fact in facts]
+    asked = draw.order(facts, draw.between(2, min(5, len(facts))))
+    joint = draw.pick((" ", "\n"))
+    return "\n".join([joint.join(lines), *answers(draw, [partial(question, draw, kind, fact) for fact in asked])])
 
 
 def new_fact(draw: Draw, kind: Kind, entity: str, attribute: Attribute, *, may_change: bool = True) -> Fact:
@@ -340,6 +364,7 @@ def hop(link: Attribute, reference: Reference) -> Reference:
 MAKERS: dict[str, Callable[[Draw], str]] = {
     "drill": drill,
     "register": register,
+    "directory": directory,
     "restate": restate,
     "record": record,
     "signs": signs,

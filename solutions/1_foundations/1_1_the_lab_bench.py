@@ -3,11 +3,11 @@
 #
 # After this lesson you make a run repeatable to the bit, refuse a bad configuration before it costs anything, put an interval on a metric that holds what it promises, and say how many questions an evaluation needs.
 #
-# **You will measure.** Two runs with one seed end in equal hashes ({{same_hash}}, where 1 is equal). A nominal 95% bootstrap interval holds the truth in {{coverage}} of evaluations with 200 questions, but only in {{coverage_small}} of those with 20 questions and a good system. To see a gain of 5 points you need {{questions_unpaired}} questions a system unpaired, {{questions_paired}} paired.
+# **You will measure.** Two runs with one seed end in the same hash ({{same_hash}}: 1 is equal, 0 is not). A nominal 95% bootstrap interval holds the truth in {{coverage}} of evaluations with 200 questions of which the system gets 80% right, but only in {{coverage_small}} of those with 20 questions and 90% right. To see a gain from 80% to 85% with a power of 80%, two systems need {{questions_unpaired}} questions each, or {{questions_paired}} if they answer the same ones.
 #
 # **You need.** PyTorch, NumPy, and the idea of a sampling distribution. No earlier lesson.
 #
-# **Time.** About 65 minutes; the solution runs in {{run:seconds}} s on one CPU core.
+# **Time.** About 70 minutes, 50 of them for the exercises; the solution runs in {{run:seconds}} s on one CPU core.
 
 # %% [markdown]
 # ## Why it matters at work
@@ -28,7 +28,7 @@
 #
 # The check you see is a part of the test. `course check 1.1` in a terminal grades the notebook with further cases that you do not see, prints your points and the next hint, and leaves your work as it is; the *Validate* button runs the visible checks alone. `course progress` shows the whole path. `course reset 1.1` gives you a fresh notebook and keeps yours in a dated backup.
 #
-# Each lesson builds a mechanism by hand, matches it against the library that practitioners use, measures an effect with intervals, and then uses it. Near its end stands a result card with the numbers of *your* run. Every number in the prose was measured by a run of this notebook.
+# Each lesson builds a mechanism by hand, matches it against the library that practitioners use, measures an effect with intervals, and then uses it. Near its end stands a result card with the numbers of *your* run. Every measured number in the prose comes from a run of this notebook.
 
 # %% [markdown]
 # Parameters come first in every notebook: [papermill](https://papermill.readthedocs.io) can replace them without touching the rest (`course run 1.1 -p seed 7`).
@@ -49,6 +49,7 @@ import itertools
 import json
 import random
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -106,7 +107,7 @@ print("two runs, two results:", noisy_run(), noisy_run())
 #
 # - puts Python's `random`, NumPy's global generator (`np.random.random()` and its kin) and PyTorch's default generator into a state that depends on `seed` alone;
 # - returns a **new** `torch.Generator` on the CPU, seeded with `seed`: for code that should not touch global state. Drawing from it must leave PyTorch's default generator where it was, and two calls return two objects;
-# - raises `ValueError` for a seed outside $0 \dots 2^{32}-1$. (Python's `random.seed(-1)` and `random.seed(1)` give the same stream; nobody expects that.)
+# - raises `ValueError` for a seed outside $0 \dots 2^{32}-1$. (Python's `random.seed(-1)` and `random.seed(1)` give one stream; so do `torch.manual_seed(2**32)` and `torch.manual_seed(0)`, because PyTorch's CPU generator reads only the lowest 32 bits. Nobody expects either.)
 #
 # After `seed_everything(0)`, `random.random()` is `0.8444…`, `np.random.random()` is `0.5488…`, `torch.rand(())` is `0.4962…`, and `torch.rand((), generator=g)` with the returned `g` is `0.4962…` as well: two generators with one seed have one stream, which the next exercise turns into a trap. About 4 lines.
 #
@@ -115,7 +116,7 @@ print("two runs, two results:", noisy_run(), noisy_run())
 # <details><summary>Hint 3</summary>Call <code>random.seed</code>, <code>np.random.seed</code> and <code>torch.manual_seed</code>; then make a <code>torch.Generator()</code> and call its own <code>manual_seed</code>.</details>
 
 
-# %% exercise="seed-everything" difficulty=1 minutes=6
+# %% exercise="seed-everything" difficulty=1 minutes=5
 def seed_everything(seed: int) -> torch.Generator:
     """Seed Python, NumPy and PyTorch; return a new CPU generator with the same seed."""
     ### BEGIN SOLUTION
@@ -191,15 +192,25 @@ for hidden_seed in (0, 99, 2**32 - 1):
     )
 ### END HIDDEN TESTS
 
+
 # %% check="seed-everything" points=1
-for bad_seed in (-1, 2**32):
+def raised_by(candidate: int) -> Exception | None:
     try:
-        seed_everything(bad_seed)
-    except ValueError:
-        continue
-    raise AssertionError(
-        f"seed_everything({bad_seed}) must raise ValueError: a seed lies in 0 … 2**32 - 1, and wrapping it "
-        "round would make two seeds one"
+        seed_everything(candidate)
+    except Exception as error:
+        return error
+    return None
+
+
+for bad_seed in (-1, 2**32):
+    raised = raised_by(bad_seed)
+    assert isinstance(raised, ValueError), (
+        f"seed_everything({bad_seed}) must raise ValueError, and yours raises {type(raised).__name__ if raised else 'nothing'}: "
+        "a seed lies in 0 … 2**32 - 1, and wrapping it round would make two seeds one"
+    )
+for good_seed in (0, 2**32 - 1):
+    assert raised_by(good_seed) is None, (
+        f"{good_seed} is a valid seed and raises {raised_by(good_seed)!r}: both ends count"
     )
 
 
@@ -244,6 +255,25 @@ def seed_everything(seed):
 # %% mistake="wraps a bad seed round" of="seed-everything" says="must raise ValueError"
 def seed_everything(seed):
     seed = seed % 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+# %% mistake="asserts what it should raise" of="seed-everything" says="yours raises AssertionError"
+def seed_everything(seed):
+    assert 0 <= seed < 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+# %% mistake="takes the largest seed for too large" of="seed-everything" says="both ends count"
+def seed_everything(seed):
+    if not 0 <= seed < 2**32 - 1:
+        raise ValueError(f"bad seed {seed}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -327,16 +357,16 @@ pd.DataFrame(
 #
 # - evaluating leaves no trace: `weight` and `trained_on` are bit for bit those of `train_shared(seed, evaluate_every=0)`, whatever `evaluate_every` is;
 # - evaluation still happens in the same steps on `(8, 4)` batches of normal draws, and repeats for the same seed;
-# - no row in `evaluated_on` is a row that a run with *any* seed from 0 to 20 trains on. A test set that is the next seed's training set is still a leak, once you average over seeds.
+# - no row in `evaluated_on` is a row that a run with *any* seed from 0 to 20 trains on, in whatever number of steps. A test set that is the next seed's training set is still a leak, once you average over seeds.
 #
 # About 10 lines, of which 2 are new. (Copy the function above and change what is wrong.)
 #
 # <details><summary>Hint 1</summary>Give evaluation a generator of its own. Then ask which seed it may have: what does another run do with <code>seed</code>, or with <code>seed + 1</code>?</details>
-# <details><summary>Hint 2</summary>You want a seed that depends on <code>seed</code> and on the purpose, and that is not a small whole number: hash both together. <code>hashlib.sha256</code> is the same in every process; Python's <code>hash</code> of a string is not.</details>
+# <details><summary>Hint 2</summary>You want a seed that depends on <code>seed</code> and on the purpose, and that is not a small whole number: hash both together. (A large constant is no way out by itself: only its lowest 32 bits count, so 2**40 is 0 again.) <code>hashlib.sha256</code> is the same in every process; Python's <code>hash</code> of a string is not.</details>
 # <details><summary>Hint 3</summary>Take the first 8 bytes of <code>hashlib.sha256(f"evaluation {seed}".encode()).digest()</code> as a whole number (<code>int.from_bytes</code>), seed a second <code>torch.Generator</code> with it, and draw the evaluation batches from that one.</details>
 
 
-# %% exercise="shared-generator" difficulty=2 minutes=8
+# %% exercise="shared-generator" difficulty=2 minutes=7
 def train(seed: int, evaluate_every: int, steps: int = 20) -> Run:
     """Fit y = x.sum() by SGD on fresh random batches; evaluating leaves no trace in the run."""
     ### BEGIN SOLUTION
@@ -384,6 +414,10 @@ for hidden_seed, hidden_every, hidden_steps in ((0, 1, 7), (3, 2, 1), (11, 50, 2
     )
     assert len(got.evaluated_on) == -(-hidden_steps // hidden_every), f"{len(got.evaluated_on)} evaluations with {case}"
     assert all(batch.shape == (8, 4) for batch in got.evaluated_on), f"Each evaluation batch must be (8, 4) with {case}"
+    # Of 32 normal numbers, all are positive with probability 2**-32, and all below 1 in size with probability 5e-6.
+    assert all(batch.min() < 0 and batch.abs().max() > 1 for batch in got.evaluated_on), (
+        f"Evaluation batches hold normal draws (torch.randn), as those of train_shared do; with {case} they do not"
+    )
 ### END HIDDEN TESTS
 
 
@@ -405,7 +439,8 @@ every_training_row = set().union(*(rows_of(train_shared(other, 0, 40).trained_on
 for hidden_seed in (0, 1, 13, 20):
     overlap = rows_of(train(hidden_seed, evaluate_every=1).evaluated_on) & every_training_row
     assert not overlap, (
-        f"With seed {hidden_seed}, {len(overlap)} evaluated rows are training rows of a run with a seed from 0 to 20"
+        f"With seed {hidden_seed}, {len(overlap)} evaluated rows are training rows of a run with a seed from 0 to 20: "
+        "remember that only the lowest 32 bits of a seed count, and that another run may train for more steps"
     )
 ### END HIDDEN TESTS
 
@@ -460,6 +495,24 @@ def train(seed, evaluate_every, steps=20):
     return Run(weight, trained_on, evaluated_on)
 
 
+# %% mistake="a large constant as the seed" of="shared-generator" says="only the lowest 32 bits of a seed count"
+def train(seed, evaluate_every, steps=20):
+    run = train_shared(seed, 0, steps)
+    second = torch.Generator().manual_seed(2**50)
+    count = len(range(0, steps, evaluate_every)) if evaluate_every else 0
+    return Run(run.weight, run.trained_on, [torch.randn(8, 4, generator=second) for _ in range(count)])
+
+
+# %% mistake="evaluates on what is left of the training stream" of="shared-generator" says="may train for more steps"
+def train(seed, evaluate_every, steps=20):
+    run = train_shared(seed, 0, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        torch.randn(8, 4, generator=generator)
+    count = len(range(0, steps, evaluate_every)) if evaluate_every else 0
+    return Run(run.weight, run.trained_on, [torch.randn(8, 4, generator=generator) for _ in range(count)])
+
+
 # %% alternative="all training batches first, a spawned NumPy seed for evaluation" of="shared-generator"
 def train(seed, evaluate_every, steps=20):
     generator = torch.Generator().manual_seed(seed)
@@ -509,7 +562,7 @@ pd.DataFrame(
 ).style.hide(axis="index")
 
 # %% [markdown]
-# None of these four lines is an error to YAML, and a misspelt `step: 10` is not an error to papermill: it sets a variable that nobody reads, and the run goes on for its default number of steps. A configuration *class* turns most of these into an error in the first second of the run. The checks below ask your class through this function:
+# None of these four lines is an error to YAML, and a misspelt `step: 10` is not an error to papermill: it logs a warning, sets a variable that nobody reads, and goes on for the default number of steps. A configuration *class* turns most of these into an error in the first second of the run. The checks below ask your class through this function:
 
 
 # %%
@@ -519,6 +572,8 @@ def refusal(**parameters: object) -> str:
         RunConfig(**parameters)
     except ValueError as error:
         return str(error)
+    except TypeError as error:
+        raise AssertionError(f"{parameters} must raise ValueError; yours raises TypeError: {error}") from None
     return ""
 
 
@@ -532,7 +587,7 @@ def refusal(**parameters: object) -> str:
 # | `seed` | `int` | 0 to $2^{32}-1$ | `0` |
 # | `lr` | `float` | above 0, at most 1; no NaN | `1e-3` |
 #
-# - A wrong type is refused, never converted: `steps="10"`, `steps=10.0` and `lr="1e-3"` each raise `ValueError` (pydantic's `ValidationError` is one), and its text names the parameter.
+# - A wrong type is refused, never converted: `steps="10"`, `steps=10.0`, `steps=True` and `lr="1e-3"` each raise `ValueError` (pydantic's `ValidationError` is one), and its text names the parameter. Whether `lr` takes the whole number `1` is up to you.
 # - An unknown name raises `ValueError` too. The text names the nearest known one if `difflib.get_close_matches` finds any: for `RunConfig(step=10)` it contains `steps`. Otherwise it lists all four: `RunConfig(dropout=0.1)`.
 # - `config.steps = 5` raises: a configuration that changes during the run describes no run.
 #
@@ -543,7 +598,7 @@ def refusal(**parameters: object) -> str:
 # <details><summary>Hint 3</summary>In the validator: <code>for name in data</code>, if <code>name not in cls.model_fields</code>, take <code>difflib.get_close_matches(name, cls.model_fields)</code>; raise with its first entry, or with all of <code>cls.model_fields</code> when it is empty. At the end, return <code>data</code>.</details>
 
 
-# %% exercise="run-config" difficulty=2 minutes=12
+# %% exercise="run-config" difficulty=2 minutes=10
 class RunConfig(BaseModel):
     """The parameters of one run; refuses what is mistyped, out of range or unknown."""
 
@@ -589,6 +644,7 @@ for name, wrong in (("steps", "10"), ("steps", 10.0), ("lr", "1e-3"), ("model_id
     assert refusal(**{name: wrong}), (
         f"{name}={wrong!r} was accepted: refuse a wrong type instead of converting it (strict)"
     )
+assert refusal(steps=True), "steps=True was accepted: a bool is an int to isinstance, so refuse it by its own type"
 for name, wrong in (
     ("steps", 0),
     ("steps", -5),
@@ -605,7 +661,7 @@ for name, wrong in (
     )
 ### BEGIN HIDDEN TESTS
 for name, wrong in (
-    ("steps", True),
+    ("seed", False),
     ("steps", None),
     ("seed", "0"),
     ("seed", 1.0),
@@ -682,6 +738,45 @@ class RunConfig(BaseModel):
     lr: float = 1e-3
 
 
+# %% mistake="takes True for a number of steps" of="run-config" says="a bool is an int to isinstance"
+class RunConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_id: str = Field("shipped", min_length=1)
+    steps: int = Field(200, ge=1)
+    seed: int = Field(0, ge=0, lt=2**32)
+    lr: float = Field(1e-3, gt=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_strings(cls, parameters):
+        for name, kind in (("steps", int), ("seed", int), ("lr", (int, float))):
+            if name in parameters and not isinstance(parameters[name], kind):
+                raise ValueError(f"{name} has the wrong type")
+        return parameters
+
+
+# %% mistake="a frozen dataclass, whose unknown names are TypeErrors" of="run-config" says="yours raises TypeError"
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    model_id: str = "shipped"
+    steps: int = 200
+    seed: int = 0
+    lr: float = 1e-3
+
+    def __post_init__(self):
+        for name, kind in (("model_id", str), ("steps", int), ("seed", int), ("lr", float)):
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(f"{name} must be of type {kind.__name__}")
+        for name, valid in (
+            ("model_id", self.model_id != ""),
+            ("steps", self.steps >= 1),
+            ("seed", 0 <= self.seed < 2**32),
+            ("lr", 0 < self.lr <= 1),
+        ):
+            if not valid:
+                raise ValueError(f"{name} is out of range")
+
+
 # %% mistake="can be changed afterwards" of="run-config" says="make the configuration immutable (frozen)"
 class RunConfig(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -718,7 +813,7 @@ class RunConfig:
 # %%
 try:
     RunConfig(**yaml.safe_load(typed_by_hand))
-except ValidationError as refused:
+except ValueError as refused:
     print(refused)
 try:
     RunConfig(step=10)
@@ -726,7 +821,7 @@ except ValueError as refused:
     print(refused)
 
 # %% [markdown]
-# All wrong parameters are reported in one go, each with the value that was read. What even a strict type cannot catch is in the list as well: `seed: 010` is a valid seed, only not the one that was typed. So a run also *prints* its configuration and stores it beside its results.
+# Pydantic reports all wrong parameters in one go, each with the value that was read. What even a strict type cannot catch is missing from its report: `seed: 010` was read as 8, a valid seed, only not the one that was typed. So a run also *prints* its configuration and stores it beside its results.
 
 # %% [markdown]
 # ## An interval that holds what it promises
@@ -749,7 +844,7 @@ predicted_coverage = 0.95  # what the name "95% interval" promises
 
 # %% check="predict-coverage" points=1
 assert predicted_coverage is not None, "Write your prediction down first: predicted_coverage = a share from 0 to 1"
-assert type(predicted_coverage) in (int, float), (
+assert isinstance(predicted_coverage, (int, float, np.number)), (
     f"A prediction is a number, such as 0.5; yours is {predicted_coverage!r}"
 )
 assert 0 <= predicted_coverage <= 1, (
@@ -768,6 +863,9 @@ predicted_coverage = "95%"
 # %% alternative="below the name" of="predict-coverage"
 predicted_coverage = 1 - 0.9**20
 
+# %% alternative="computed, so a number of NumPy's" of="predict-coverage"
+predicted_coverage = stats.binom.cdf(19, 20, 0.9)
+
 # %% [markdown]
 # **Exercise.** Write `bootstrap_interval(scores, rng, level=0.95, resamples=1000)`. `scores` is an array `(n,)`, $n \ge 1$. Draw `resamples` samples of $n$ scores each, with replacement, using `rng` (a `np.random.Generator`) and no other source of randomness; take the mean of each; return the pair `(low, high)` of their quantiles at `(1 - level) / 2` and `(1 + level) / 2` (`np.quantile`, its default method). `scores` is not changed. No scores at all: `ValueError`.
 #
@@ -778,7 +876,7 @@ predicted_coverage = 1 - 0.9**20
 # <details><summary>Hint 3</summary>Index <code>scores</code> with them, take the mean along the last axis, pass those means and the list of the two levels to <code>np.quantile</code>, and unpack.</details>
 
 
-# %% exercise="bootstrap-interval" difficulty=2 minutes=10
+# %% exercise="bootstrap-interval" difficulty=2 minutes=8
 def bootstrap_interval(
     scores: np.ndarray, rng: np.random.Generator, level: float = 0.95, resamples: int = 1000
 ) -> tuple[float, float]:
@@ -803,9 +901,16 @@ assert interval_of([0.25], 0.95) == (0.25, 0.25), (
     f"One score of 0.25 has only one resample, itself: (0.25, 0.25); yours is {interval_of([0.25], 0.95)}"
 )
 assert interval_of([0.0, 1.0], 0.95) != (0.5, 0.5), "Every resample has the same mean: draw with replacement"
-assert interval_of([0.0, 1.0], 0.95)[0] >= -1e-12, (
+assert interval_of([0.0, 1.0], 0.95) != (0.0, 0.0), (
+    "Both bounds are the lowest mean: np.quantile counts from 0 to 1, np.percentile from 0 to 100"
+)
+assert interval_of([0.0, 0.0, 1.0], 0.95)[0] >= -1e-12, (
     "A mean of resampled scores never leaves the range of the scores: take quantiles of the means, not a "
-    "normal approximation"
+    "normal approximation, and do not mirror them at the mean of the sample"
+)
+ten = [float(score) for score in range(10)]
+assert interval_of(ten, 0.4) != interval_of(ten, 0.95), (
+    "The intervals at level 0.4 and at level 0.95 are the same: use the level you are given"
 )
 assert interval_of([0.0, 1.0], 0.4) == (0.5, 0.5), (
     "For scores 0, 1 and level 0.4 the interval is (0.5, 0.5): take quantiles of the resampled means, "
@@ -838,6 +943,12 @@ assert tuple(once) != tuple(bootstrap_interval(sample, np.random.default_rng(6),
     "Another generator must give other resamples: draw from rng, do not seed inside"
 )
 assert np.array_equal(sample, kept), "The scores were changed in place: resample a copy"
+# Of two means np.quantile takes points between them, so an interval from 0 to 1 is out of reach.
+of_two = bootstrap_interval(np.array([0.0, 1.0]), np.random.default_rng(5), level=0.9, resamples=2)
+assert tuple(of_two) != (0.0, 1.0), (
+    "With resamples=2 the interval lies between two means, and yours is as wide as that of many: draw as many resamples "
+    "as you are told"
+)
 try:
     bootstrap_interval(np.array([]), np.random.default_rng(0))
     refused_empty = False
@@ -930,6 +1041,42 @@ def bootstrap_interval(scores, rng, level=0.95, resamples=1000):
     means = rng.choice(scores, size=(resamples, len(scores))).mean(axis=1)
     half = stats.norm.ppf((1 + level) / 2) * means.std()
     return np.mean(scores) - half, np.mean(scores) + half
+
+
+# %% mistake="mirrors the quantiles, as the basic bootstrap does" of="bootstrap-interval" says="do not mirror them"
+def bootstrap_interval(scores, rng, level=0.95, resamples=1000):
+    if len(scores) == 0:
+        raise ValueError("no scores")
+    means = rng.choice(scores, size=(resamples, len(scores))).mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return 2 * np.mean(scores) - high, 2 * np.mean(scores) - low
+
+
+# %% mistake="percentiles in place of quantiles" of="bootstrap-interval" says="np.percentile from 0 to 100"
+def bootstrap_interval(scores, rng, level=0.95, resamples=1000):
+    if len(scores) == 0:
+        raise ValueError("no scores")
+    means = rng.choice(scores, size=(resamples, len(scores))).mean(axis=1)
+    low, high = np.percentile(means, [(1 - level) / 2, (1 + level) / 2])
+    return low, high
+
+
+# %% mistake="95% whatever the level" of="bootstrap-interval" says="use the level you are given"
+def bootstrap_interval(scores, rng, level=0.95, resamples=1000):
+    if len(scores) == 0:
+        raise ValueError("no scores")
+    means = rng.choice(scores, size=(resamples, len(scores))).mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return low, high
+
+
+# %% mistake="a thousand resamples, whatever was asked" of="bootstrap-interval" says="as many resamples as you are told"
+def bootstrap_interval(scores, rng, level=0.95, resamples=1000):
+    if len(scores) == 0:
+        raise ValueError("no scores")
+    means = rng.choice(scores, size=(1000, len(scores))).mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return low, high
 
 
 # %% alternative="counts instead of indices" of="bootstrap-interval"
@@ -1170,7 +1317,7 @@ pd.crosstab(
 )
 
 # %% [markdown]
-# Suppose A and B were equally good. Then each difference $d_i$ could as well have been $-d_i$: swap the two answers and nobody could tell. So flip a fair coin for **every question**, and see how often the mean of the flipped differences is at least as far from 0 as the one you measured. That share is the p-value of the paired permutation test.
+# Suppose it made no difference which system gave which of the two answers. (For scores of 0 and 1 this says no more than that A and B are equally accurate.) Then each difference $d_i$ could as well have been $-d_i$: swap the two answers and nobody could tell. So flip a fair coin for **every question**, and see how often the mean of the flipped differences is at least as far from 0 as the one you measured. That share is the p-value of the paired permutation test.
 #
 # **Exercise.** Write `paired_p_value(a, b, rng, permutations=2000)`. `a` and `b` are `(n,)`, scores of the same questions. With $s_{ji} \in \{-1, +1\}$ drawn by `rng`, one for each of the `permutations` rows $j$ and each question $i$, return
 #
@@ -1183,7 +1330,7 @@ pd.crosstab(
 # <details><summary>Hint 3</summary>With signs of shape <code>(permutations, n)</code>: <code>flipped = signs @ d / n</code>. Count where <code>abs(flipped)</code> is at least <code>abs(d.mean()) - 1e-12</code>, then add 1 above and below.</details>
 
 
-# %% exercise="paired-test" difficulty=3 minutes=12
+# %% exercise="paired-test" difficulty=3 minutes=9
 def paired_p_value(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, permutations: int = 2000) -> float:
     """Return the two-sided p-value of the paired permutation test for equal means; a and b are (n,)."""
     ### BEGIN SOLUTION
@@ -1195,11 +1342,15 @@ def paired_p_value(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, permu
 
 
 # %% check="paired-test" points=1
-ones, nothing = np.ones(40), np.zeros(40)
-assert paired_p_value(ones, ones, np.random.default_rng(0)) == 1, (
-    "Equal systems give p = 1: count ties, permutations at least as far from 0 (>=)"
+equal = paired_p_value(np.ones(40), np.ones(40), np.random.default_rng(0))
+assert equal <= 1, (
+    f"Equal systems give p = 1, and yours is {equal}: 1 is added above and below, and the absolute value looks in both "
+    "directions already, so nothing is doubled"
 )
-tiny = paired_p_value(nothing, ones, np.random.default_rng(0), permutations=999)
+assert equal == 1, (
+    f"Equal systems give p = 1, and yours is {equal}: count ties, permutations at least as far from 0 (>=)"
+)
+tiny = paired_p_value(np.zeros(40), np.ones(40), np.random.default_rng(0), permutations=999)
 assert tiny > 0, "p can never be 0: the observed data count as one of the permutations, so add 1 above and below"
 assert abs(tiny - 1 / 1000) < 1e-9, (
     "40 wins in 40 questions are more extreme than any of 999 permutations, so p = 1/1000; yours is "
@@ -1228,13 +1379,17 @@ assert abs(steady - exact_p_value(np.full(8, 0.05))) < 0.03, (
     f"B is 0.05 better on each of 8 questions, so p = 2/256; yours is {steady:.3f}: keep each question's "
     "two scores together as a pair"
 )
+assert paired_p_value(hard + 0.05, hard, np.random.default_rng(2), permutations=6000) < 0.04, (
+    "Swapping A and B must not change the verdict: make the test two-sided"
+)
 four = paired_p_value(np.zeros(4), np.ones(4), np.random.default_rng(1), permutations=6000)
 assert abs(four - 0.125) < 0.03, (
-    f"Four wins in four questions give p = 2/16, both directions counted; yours is {four:.3f}: make the test two-sided"
+    f"Four wins in four questions give p = 2/16; yours is {four:.3f}: a sign is -1 or +1 (not 0 or 1), each as likely, and "
+    "it multiplies the difference as it was measured, not a centred one"
 )
-assert paired_p_value(hard + 0.05, hard, np.random.default_rng(2), permutations=6000) < 0.04, (
-    "Swapping A and B must not change the verdict: the test is two-sided"
-)
+# Each of these p-values is (1 + k) / 51 with k binomial; two are equal with probability 0.12, all eight by chance never.
+several = {paired_p_value(np.zeros(4), np.ones(4), np.random.default_rng(n), permutations=50) for n in range(8)}
+assert len(several) > 1, "Eight generators give one p-value: draw the signs from rng, do not seed inside"
 ### BEGIN HIDDEN TESTS
 for hidden_seed, hidden_n in ((1, 2), (2, 5), (3, 9), (4, 12)):
     source = np.random.default_rng(hidden_seed)
@@ -1253,6 +1408,12 @@ for hidden_seed, hidden_n in ((1, 2), (2, 5), (3, 9), (4, 12)):
             f"The exact p-value of {hidden_n} pairs is {reference:.3f}; yours is {got:.3f}"
         )
         assert np.array_equal([left, right], kept), "The scores were changed in place"
+# These differences tie where 0.1 + 0.2 meets 0.3, which floats get wrong: without the 1e-12, p is 0.5 in place of 0.625.
+rounded = paired_p_value(np.zeros(4), np.array([0.1, 0.2, -0.3, 0.6]), np.random.default_rng(6), permutations=6000)
+assert abs(rounded - 0.625) < 0.03, (
+    f"The exact p-value of the differences 0.1, 0.2, -0.3, 0.6 is 0.625; yours is {rounded:.3f}: ties that differ by rounding "
+    "count, so allow 1e-12"
+)
 assert paired_p_value(one, two, np.random.default_rng(5), 50) == paired_p_value(
     one, two, np.random.default_rng(5), 50
 ), "Equal generators must give equal p-values: draw from rng only"
@@ -1297,6 +1458,34 @@ def paired_p_value(a, b, rng, permutations=2000):
     return (1 + np.sum(np.abs(flipped) >= abs(d.mean()) - 1e-12)) / (1 + permutations)
 
 
+# %% mistake="signs 0 and 1" of="paired-test" says="a sign is -1 or +1 (not 0 or 1)"
+def paired_p_value(a, b, rng, permutations=2000):
+    d = b - a
+    flipped = rng.integers(2, size=(permutations, len(d))) @ d / len(d)
+    return (1 + np.sum(np.abs(flipped) >= abs(d.mean()) - 1e-12)) / (1 + permutations)
+
+
+# %% mistake="doubles one side" of="paired-test" says="nothing is doubled"
+def paired_p_value(a, b, rng, permutations=2000):
+    d = b - a
+    flipped = rng.choice([-1, 1], size=(permutations, len(d))) @ d / len(d)
+    return 2 * (1 + np.sum(flipped >= d.mean() - 1e-12)) / (1 + permutations)
+
+
+# %% mistake="a generator of its own" of="paired-test" says="do not seed inside"
+def paired_p_value(a, b, rng, permutations=2000):
+    d = b - a
+    flipped = np.random.default_rng(0).choice([-1, 1], size=(permutations, len(d))) @ d / len(d)
+    return (1 + np.sum(np.abs(flipped) >= abs(d.mean()) - 1e-12)) / (1 + permutations)
+
+
+# %% mistake="no slack for rounding" of="paired-test" says="ties that differ by rounding count"
+def paired_p_value(a, b, rng, permutations=2000):
+    d = b - a
+    flipped = rng.choice([-1, 1], size=(permutations, len(d))) @ d / len(d)
+    return (1 + np.sum(np.abs(flipped) >= abs(d.mean()))) / (1 + permutations)
+
+
 # %% alternative="swaps the two answers within each pair" of="paired-test"
 def paired_p_value(a, b, rng, permutations=2000):
     answers = np.stack([a, b])
@@ -1308,7 +1497,7 @@ def paired_p_value(a, b, rng, permutations=2000):
 
 
 # %% [markdown]
-# **Match.** scipy has both tests, and the bootstrap for both designs. With `permutation_type="samples"` it flips within pairs, as you do; with `"independent"` it forgets who answered what. For 0/1 scores the paired test is McNemar's (1947): only the questions on which the systems *disagree* count, and each is a coin flip.
+# **Match.** scipy has this test and the unpaired one, and the bootstrap for both designs. With `permutation_type="samples"` it flips within pairs, as you do; with `"independent"` it forgets which two scores belong to one question. For 0/1 scores the paired test is McNemar's (1947): only the questions on which the systems *disagree* count, and each is a coin flip.
 
 
 # %%
@@ -1317,9 +1506,8 @@ def mean_difference(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 rng = np.random.default_rng(seed)
-paired_interval = bootstrap_interval(
-    b - a, rng, resamples=10_000
-)  # the differences are one sample: your interval applies as it is
+# The differences are one sample, so your interval applies as it is.
+paired_interval = bootstrap_interval(b - a, rng, resamples=10_000)
 unpaired = stats.bootstrap(
     (a, b), mean_difference, paired=False, n_resamples=4000, batch=200, method="percentile", rng=rng
 ).confidence_interval
@@ -1454,6 +1642,8 @@ card.record(
 #
 # $$n_{\text{paired}} \approx (z_{0.975} + z_{0.8})^2\; \frac{p_{01} + p_{10} - \delta^2}{\delta^2}, \qquad (z_{0.975} + z_{0.8})^2 \approx 7.85 .$$
 #
+# For these shares that is 400; McNemar's exact test needs a little more, since it keeps its promise by being cautious where few questions disagree. (For the same reason the paired curve starts as the lower one.)
+#
 # Two checkpoints of one model disagree on few questions; two unrelated models on many. The figure holds for independent questions and for these shares; it does not show what a noisy judge adds. (Each point is a share of 20,000 simulated evaluations; its error is less than the width of the line.)
 
 
@@ -1484,7 +1674,7 @@ pilot = Shares(both=0.755, only_a=0.045, only_b=0.075)
 # <details><summary>Hint 2</summary>Put the pilot's shares in the formula above for a first number; the exact test needs a little more.</details>
 # <details><summary>Hint 3</summary>A paired question costs 0.50 dollars, so 600 buy 1,200. Try <code>power(pilot, True, n, np.random.default_rng(0))</code> for n from 1,000 to 1,200.</details>
 
-# %% exercise="plan-an-evaluation" difficulty=2 minutes=10
+# %% exercise="plan-an-evaluation" difficulty=2 minutes=8
 plan = None
 ### BEGIN SOLUTION
 plan = Plan(paired=True, questions=1150)
@@ -1492,9 +1682,8 @@ plan = Plan(paired=True, questions=1150)
 
 # %% check="plan-an-evaluation" points=2
 assert isinstance(plan, Plan), f"Set plan = Plan(paired=True or False, questions=a whole number); yours is {plan!r}"
-assert (type(plan.paired), type(plan.questions)) == (bool, int), (
-    f"paired is True or False and questions a whole number; yours is {plan}"
-)
+assert isinstance(plan.paired, (bool, np.bool_)), f"paired is True or False; yours is {plan.paired!r}"
+assert isinstance(plan.questions, (int, np.integer)), f"questions is a whole number; yours is {plan.questions!r}"
 assert plan.questions > 0, f"An evaluation needs questions; yours has {plan.questions}"
 plan_price = plan.questions * (0.5 if plan.paired else 0.9)
 assert plan_price <= 600, (
@@ -1504,7 +1693,8 @@ plan_power = power(
     Shares(0.755, 0.045, 0.075), plan.paired, plan.questions, np.random.default_rng(7), evaluations=50_000
 )
 assert plan_power >= 0.795, (
-    f"The plan finds the gain in {plan_power:.0%} of evaluations, not in 80%: it has too little power"
+    f"The plan finds the gain in {plan_power:.1%} of evaluations, not in 80%: it has too little power. (If your own "
+    "simulation said more: its power has an error too, and the largest of many tries flatters. Leave a margin)"
 )
 ### BEGIN HIDDEN TESTS
 hidden_power = np.mean(
@@ -1530,6 +1720,9 @@ plan = Plan(paired=True, questions=600)
 
 # %% alternative="what the budget buys" of="plan-an-evaluation"
 plan = Plan(True, int(600 / price(Plan(True, 1))))
+
+# %% alternative="the middle of a NumPy range" of="plan-an-evaluation"
+plan = Plan(True, np.arange(1100, 1201)[50])
 
 # %% [markdown]
 # ### What an underpowered evaluation does to you
@@ -1588,7 +1781,7 @@ consequences.style.format(
 # course run 1.1 -p scores_a "$(ls $PWD/runs/a/*/samples_*.jsonl)" -p scores_b "$(ls $PWD/runs/b/*/samples_*.jsonl)" -p metric acc
 # ```
 #
-# The section *Two systems, the same questions* then runs on those scores: the same code, `read_scores`, has just read the two simulated files. Expect three changes. Real questions come in groups (topics, documents): resample groups. Generated answers vary between runs even at temperature 0 on a GPU, because batches change the order of additions: repeat and treat the repetition as part of the noise. And a graded metric in place of 0 and 1 keeps the permutation test as it is, but not McNemar's. Lesson 2.1 uses these tools on a model that you finetune, the shipped one or a Hub id.
+# The section *Two systems, the same questions* then runs on those scores: the same code, `read_scores`, has just read the two simulated files. Expect three changes. Real questions come in groups (topics, documents): resample groups. Generated answers vary between runs even at temperature 0 on a GPU, because batches change the order of additions: repeat and treat the repetition as part of the noise. And a graded metric in place of 0 and 1 keeps the permutation test as it is, but not McNemar's: that row of the table, and the crosstab, then count a score above 0.5 as right. Lesson 2.1 uses these tools on a model that you finetune, the shipped one or a Hub id.
 
 # %% [markdown]
 # ## Result card

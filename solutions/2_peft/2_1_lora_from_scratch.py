@@ -7,7 +7,7 @@
 #
 # **You need.** Lesson 1.1 (seeds, intervals); PyTorch modules and autograd; which linear layers a transformer block has.
 #
-# **Time.** About 60 minutes. The solution runs in {{run:seconds}} s on two CPU cores.
+# **Time.** About 70 minutes, 52 of them for the exercises. The solution runs in {{run:seconds}} s on two CPU cores.
 
 # %% [markdown]
 # ## Why it matters at work
@@ -73,7 +73,7 @@ ticket = worlds[0].tickets(1, part="train")[0]
 print(ticket.text, "\n\n", ticket.triage.to_json())
 
 # %% [markdown]
-# An adapter can sit on any linear layer. Which ones a model has depends on its architecture, so you read them from the model and never hard-code `q_proj`. The output head is left out: in many models, this one included, it *is* the embedding (tied weights), and an update to one would be an update to both.
+# An adapter can sit on any linear layer. Which ones a model has depends on its architecture, so you read them from the model and never hard-code `q_proj`. The output head is left out: in many models, this one included, it *is* the embedding (tied weights). An adapter on it would act on the head alone until you merge it, and on both from then on.
 
 # %%
 layers = adapters.linear_layers(model)  # full name -> nn.Linear, without the head
@@ -107,7 +107,8 @@ print(f"{type(model).__name__}: {model_parameters:,d} parameters, {model_bytes /
 # <details><summary>Hint 2</summary>A has r rows of length d_in; B has d_out rows of length r.</details>
 # <details><summary>Hint 3</summary>Sum rank times (d_out + d_in) over the shapes.</details>
 
-# %% exercise="count-parameters" difficulty=1 minutes=5
+# %% exercise="count-parameters" difficulty=1 minutes=4
+predicted_share = None
 ### BEGIN SOLUTION
 predicted_share = 0.05
 ### END SOLUTION
@@ -121,7 +122,9 @@ def lora_parameters(shapes: list[tuple[int, int]], rank: int) -> int:
 
 
 # %% check="count-parameters" points=1
-assert isinstance(predicted_share, (int, float)), f"Predict with a number: set predicted_share, now {predicted_share!r}"
+assert isinstance(predicted_share, (int, float, np.number)), (
+    f"Predict with a number: set predicted_share, now {predicted_share!r}"
+)
 assert 0 < predicted_share < 1, (
     f"predicted_share is a share between 0 and 1 (0.03 for 3 %), not {predicted_share}: neither a percentage nor a count"
 )
@@ -196,7 +199,7 @@ compare([(f"share of the weights that rank {rank} trains", predicted_share, trai
 card.record("trained_share", trained / model_parameters, format=".1%", label="share of the parameters trained")
 
 # %% [markdown]
-# The share falls with the width $d$ of the model, as $2r/d$ for a square layer. Rank 3 is {{trained_share}} here and about 0.15 % at $d = 4096$. Compare adapters by bytes, not by the percentages in a blog post.
+# The share falls with the width $d$ of the model. Of a square layer it is $2r/d$, of an oblong one less, and less again once the embedding counts as well. Rank 3 is {{trained_share}} of this model, and 0.15 % of a square layer with $d = 4096$. Compare adapters by bytes, not by the percentages in a blog post.
 
 # %% [markdown]
 # ## The update
@@ -294,25 +297,25 @@ def lora_delta(a, b, alpha):
 #
 # $$y = \mathrm{base}(x) + \frac{\alpha}{r}\, (x A^\top) B^\top .$$
 #
-# A fresh adapter must change *nothing*: $B = 0$, and $A$ is random. Not "almost nothing": adding an exact zero leaves every bit of a float as it was, so you test with equality, and a bug of size 1e-7 has nowhere to hide.
+# A fresh adapter must change *nothing*: $B = 0$, and $A$ is random. Not "almost nothing": adding an exact zero changes no float, so you test with equality, and a bug of size 1e-7 has nowhere to hide.
 #
 # **Exercise.** Write `LoRALinear(base, rank, alpha, generator=None)`, an `nn.Module` with
 #
 # | attribute | what |
 # |---|---|
-# | `base` | the `nn.Linear` you were given, the same object; its weight and bias no longer require gradients |
-# | `a` | trainable `nn.Parameter` `(rank, d_in)`, Kaiming-uniform with `a = sqrt(5)` as in `nn.Linear` and `peft`, which is uniform on ±1/√d_in; drawn from `generator` |
+# | `base` | the `nn.Linear` you were given, the same object; its weight, and its bias if it has one, no longer require gradients |
+# | `a` | trainable `nn.Parameter` `(rank, d_in)`, uniform on ±1/√d_in, which is the Kaiming-uniform start with slope √5 of `nn.Linear` and `peft`; drawn from `generator` |
 # | `b` | trainable `nn.Parameter` `(d_out, rank)`, zero |
 # | `scale` | the float alpha / rank |
 #
-# `a` and `b` have dtype and device of the base weight. `forward(x)` takes `(…, d_in)` and returns `(…, d_out)`. For a base with `d_in = 4`, `d_out = 6`, rank 2 and alpha 8: `a` is `(2, 4)`, `b` is `(6, 2)`, `scale` is 4.0. *About 8 lines.*
+# `a` and `b` have dtype and device of the base weight. `forward(x)` takes `(…, d_in)` and returns `(…, d_out)`; gradients reach `a`, `b` and `x`, through which the layers below learn. For a base with `d_in = 4`, `d_out = 6`, rank 2 and alpha 8: `a` is `(2, 4)`, `b` is `(6, 2)`, `scale` is 4.0. *About 8 lines.*
 #
 # <details><summary>Hint 1</summary>What must be true of B so that the first forward pass is the base layer's? What must be true of A so that B can learn?</details>
-# <details><summary>Hint 2</summary><code>nn.init.kaiming_uniform_</code> takes a generator and fills a tensor in place; <code>requires_grad_(False)</code> on a module returns the module; <code>tensor.to(other)</code> takes dtype and device from another tensor.</details>
+# <details><summary>Hint 2</summary><code>nn.init.kaiming_uniform_</code> takes the slope as <code>a</code> and a generator, and fills a tensor in place; <code>requires_grad_(False)</code> on a module returns the module; <code>tensor.to(other)</code> takes dtype and device from another tensor.</details>
 # <details><summary>Hint 3</summary>In <code>__init__</code>: freeze and keep the base; a = Parameter(kaiming(empty(rank, d_in))), b = Parameter(zeros(d_out, rank)), both <code>.to(base.weight)</code> before they become parameters. In <code>forward</code>: multiply x by a transposed, then by b transposed, then scale, then add to the base's output.</details>
 
 
-# %% exercise="lora-linear" difficulty=3 minutes=14
+# %% exercise="lora-linear" difficulty=3 minutes=12
 class LoRALinear(nn.Module):
     """A frozen linear layer and its low-rank update: (..., d_in) -> (..., d_out)."""
 
@@ -395,6 +398,10 @@ widest = layer.a.abs().max().item() * 400**0.5
 assert 0.9 < widest <= 1.0, f"A is uniform on ±1/sqrt(d_in) = ±0.05 here; your largest entry is {widest:.2f} times that"
 again = LoRALinear(nn.Linear(400, 6), 2, 8, torch.Generator().manual_seed(0))
 assert torch.equal(layer.a, again.a), "Draw A from the generator: the same generator state must give the same A"
+double = LoRALinear(nn.Linear(4, 2, bias=False, dtype=torch.float64), 1, 1)
+assert double.a.dtype == double.b.dtype == torch.float64, (
+    f"a and b take the dtype of the base weight, float64 here; yours are {double.a.dtype} and {double.b.dtype}"
+)
 ### BEGIN HIDDEN TESTS
 _layer = LoRALinear(nn.Linear(900, 3, bias=False, dtype=torch.float64), 3, 1.0, torch.Generator().manual_seed(2))
 _spread = _layer.a.std().item() * 900**0.5
@@ -408,8 +415,8 @@ assert not any(p.requires_grad for p in _biased.base.parameters()), "Freeze the 
 
 
 # %% check="lora-linear" points=2
-def differs_from_peft(d_in: int, d_out: int, rank: int, alpha: float, dtype: torch.dtype) -> float:
-    """Put the same random factors into your layer and into peft's; return the largest difference of their outputs."""
+def compare_with_peft(d_in: int, d_out: int, rank: int, alpha: float, dtype: torch.dtype) -> None:
+    """Put the same random factors into your layer and into peft's; compare their outputs and gradients."""
     generator = torch.Generator().manual_seed(d_in)
     base = nn.Linear(d_in, d_out, dtype=dtype)
     theirs = get_peft_model(
@@ -424,19 +431,31 @@ def differs_from_peft(d_in: int, d_out: int, rank: int, alpha: float, dtype: tor
     assert mine.scale == theirs.scaling["default"], (
         f"The scale is alpha / rank = {alpha} / {rank}; yours is {mine.scale}"
     )
-    return (mine(x) - theirs(x)).abs().max().item()
+    difference = (mine(x) - theirs(x)).abs().max().item()
+    assert difference < 1e-12, (
+        f"With the same factors your output differs from peft's by {difference:.1e} (d_in {d_in}, d_out {d_out}, rank "
+        f"{rank}): add scale times the detour through A, then B"
+    )
+    pull = torch.randn(3, 2, d_out, generator=generator, dtype=dtype)
+    x_of_mine, x_of_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    mine(x_of_mine).backward(pull)
+    theirs(x_of_theirs).backward(pull)
+    for name, here, there in (
+        ("a", mine.a, theirs.lora_A["default"].weight),
+        ("b", mine.b, theirs.lora_B["default"].weight),
+        ("x", x_of_mine, x_of_theirs),
+    ):
+        same = here.grad is not None and torch.allclose(here.grad, there.grad, rtol=1e-9)
+        assert same, (
+            f"The gradient that reaches {name} is not that of peft's layer: compute with self.a and self.b themselves (no "
+            ".data, no detach()), and call the base outside of torch.no_grad()"
+        )
 
 
-difference = differs_from_peft(4, 6, 2, 8, torch.float64)
-assert difference < 1e-12, (
-    f"With the same factors your output differs from peft's by {difference:.1e}: add scale times the detour through A, then B"
-)
+compare_with_peft(4, 6, 2, 8, torch.float64)
 ### BEGIN HIDDEN TESTS
 for _d_in, _d_out, _r, _alpha in [(5, 3, 1, 1), (2, 9, 3, 6), (1, 1, 2, 4), (8, 8, 5, 2)]:
-    _difference = differs_from_peft(_d_in, _d_out, _r, _alpha, torch.float64)
-    assert _difference < 1e-12, (
-        f"d_in {_d_in}, d_out {_d_out}, rank {_r}: your output differs from peft's by {_difference:.1e}"
-    )
+    compare_with_peft(_d_in, _d_out, _r, _alpha, torch.float64)
 ### END HIDDEN TESTS
 
 
@@ -530,6 +549,51 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.scale * (x @ self.a.T @ self.b.T)
 
 
+# %% mistake="computes with the data of the factors" of="lora-linear" says="no .data"
+class LoRALinear(nn.Module):
+    def __init__(self, base, rank, alpha, generator=None):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        start = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=5**0.5, generator=generator)
+        self.a = nn.Parameter(start.to(base.weight))
+        self.b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        self.scale = alpha / rank
+
+    def forward(self, x):
+        return self.base(x) + self.scale * (x @ self.a.data.T @ self.b.data.T)
+
+
+# %% mistake="takes frozen for no_grad" of="lora-linear" says="call the base outside of torch.no_grad()"
+class LoRALinear(nn.Module):
+    def __init__(self, base, rank, alpha, generator=None):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        start = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=5**0.5, generator=generator)
+        self.a = nn.Parameter(start.to(base.weight))
+        self.b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        self.scale = alpha / rank
+
+    def forward(self, x):
+        with torch.no_grad():
+            frozen = self.base(x)
+        return frozen + self.scale * (x @ self.a.T @ self.b.T)
+
+
+# %% mistake="keeps the factors in float32" of="lora-linear" says="take the dtype of the base weight"
+class LoRALinear(nn.Module):
+    def __init__(self, base, rank, alpha, generator=None):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Parameter(
+            nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=5**0.5, generator=generator)
+        )
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.scale = alpha / rank
+
+    def forward(self, x):
+        return self.base(x) + self.scale * (x @ self.a.T @ self.b.T)
+
+
 # %% alternative="one product with the updated weight" of="lora-linear"
 class LoRALinear(nn.Module):
     def __init__(self, base, rank, alpha, generator=None):
@@ -602,7 +666,7 @@ card.record("start_difference", start_difference, format=".1g", label="differenc
 # <details><summary>Hint 3</summary>∂L/∂B = s Gᵀ (x Aᵀ) and ∂L/∂A = s (G B)ᵀ x. Set A or B to zero in each and read off which vanishes.</details>
 
 
-# %% exercise="first-gradient" difficulty=3 minutes=10
+# %% exercise="first-gradient" difficulty=3 minutes=8
 def lora_gradients(x: Tensor, upstream: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return the gradients of the loss with respect to a and b, shaped like them."""
     ### BEGIN SOLUTION
@@ -765,7 +829,7 @@ card.record("gradient_a_at_start", norms["A"][0], format=".1g", label="norm of A
 # %% [markdown]
 # A's gradient is $s\,(G B)^\top x$: zero as long as B is zero, and alive as soon as B has taken one step. So one zero factor costs one step, and two cost everything: both gradients stay zero for ever.
 #
-# Zero A with random B would also be a no-op with a live gradient. The two starts are not equal: with A random, larger learning rates stay stable (Hayou et al., 2024), which is why A gets the Kaiming start everywhere.
+# Zero A with random B would also be a no-op with a live gradient. The two starts are not equal: with A random, larger learning rates stay stable (Hayou et al., 2024). The choice is older than this reason: Hu et al. (2021) drew A from a Gaussian, `peft` draws it Kaiming-uniform.
 
 # %% [markdown]
 # ## Merge and unmerge
@@ -823,7 +887,7 @@ print(f"the caller's tensor was changed {not torch.equal(caller, weight)}")
 # <details><summary>Hint 3</summary>merge: if not merged, self.weight = self.original + update (a new tensor), merged = True. unmerge: self.weight = self.original, merged = False. forward: leave the detour out when merged.</details>
 
 
-# %% exercise="merge" difficulty=3 minutes=10
+# %% exercise="merge" difficulty=3 minutes=9
 class AdaptedWeight:
     """A weight (d_out, d_in) and its adapter, merged into it or not."""
 
@@ -1093,7 +1157,7 @@ with tempfile.TemporaryDirectory() as folder:
 # <details><summary>Hint 3</summary>Go over the keys that end in .lora_A.weight; the name is what is left without "base_model.model." and that suffix; B has the same key with lora_B. The scale is lora_alpha over r, or over r ** 0.5 with use_rslora.</details>
 
 
-# %% exercise="read-adapter" difficulty=3 minutes=10
+# %% exercise="read-adapter" difficulty=3 minutes=8
 def read_adapter(folder: str | Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Return a, b and the scale of every layer that a saved peft adapter changes, by the base model's layer names."""
     ### BEGIN SOLUTION
@@ -1130,7 +1194,9 @@ def check_names_and_tensors(names: list[str], start_seed: int, **config: object)
             f"a comes first, (r, d_in); yours is {tuple(a.shape)}: A and B are swapped"
         )
         assert torch.equal(a, layer.lora_A["default"].weight), f"The a of {name} differs from what peft saved"
-        assert torch.equal(b, layer.lora_B["default"].weight), f"The b of {name} differs from what peft saved"
+        assert torch.equal(b, layer.lora_B["default"].weight), (
+            f"The b of {name} differs from what peft saved: return it as stored, without the scale"
+        )
 
 
 check_names_and_tensors(["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"], 1, r=3, lora_alpha=6)
@@ -1151,9 +1217,8 @@ def check_scale(start_seed: int, **config: object) -> None:
     assert scale != config["lora_alpha"] or want == scale, (
         f"The scale is not alpha = {scale}: divide it by the rank (or its root)"
     )
-    assert abs(scale - want) < 1e-9, (
-        f"{config}: peft multiplies by {want:.4f}, your scale is {scale:.4f}; look at use_rslora"
-    )
+    look = "look at use_rslora" if config.get("use_rslora") else "divide alpha by the rank"
+    assert abs(scale - want) < 1e-9, f"{config}: peft multiplies by {want:.4f}, your scale is {scale:.4f}; {look}"
 
 
 check_scale(4, r=4, lora_alpha=8)
@@ -1165,11 +1230,13 @@ with tempfile.TemporaryDirectory() as folder:
     )
     try:
         read_adapter(folder)
-    except ValueError:
-        refused = True
-    else:
-        refused = False
-assert refused, "An adapter of another type (IA3 here) must raise ValueError: its tensors mean something else"
+        raised = None
+    except Exception as error:
+        raised = error
+assert isinstance(raised, ValueError), (
+    f"An adapter of another type (IA3 here) must raise ValueError, and yours raises {type(raised).__name__ if raised else 'nothing'}: "
+    "its tensors mean something else"
+)
 ### BEGIN HIDDEN TESTS
 check_scale(7, r=1, lora_alpha=3)
 check_scale(8, r=7, lora_alpha=2, use_rslora=True)
@@ -1236,6 +1303,21 @@ def read_adapter(folder):
     return {strip(k): (t, tensors[k.replace("lora_A", "lora_B")], scale) for k, t in tensors.items() if "lora_A" in k}
 
 
+# %% mistake="multiplies B by the scale and returns both" of="read-adapter" says="return it as stored"
+def read_adapter(folder):
+    config = json.loads(Path(folder, "adapter_config.json").read_text())
+    if config["peft_type"] != "LORA":
+        raise ValueError("not LoRA")
+    tensors = load_file(Path(folder, "adapter_model.safetensors"))
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    strip = lambda key: key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
+    return {
+        strip(k): (t, scale * tensors[k.replace("lora_A", "lora_B")], scale)
+        for k, t in tensors.items()
+        if "lora_A" in k
+    }
+
+
 # %% alternative="through peft's own configuration class" of="read-adapter"
 def read_adapter(folder):
     from peft import PeftConfig
@@ -1280,7 +1362,7 @@ files = pd.DataFrame(
     [
         ("the whole model", model_bytes),
         (f"adapter of rank {rank} on all linear layers", file_bytes),
-        ('the same with modules_to_save=["embed_tokens"]', file_bytes + head.numel() * head.element_size()),
+        ('the same and modules_to_save=["embed_tokens"] (computed)', file_bytes + head.numel() * head.element_size()),
     ],
     columns=["file", "bytes"],
 )
@@ -1295,7 +1377,7 @@ card.record("adapter_share", file_bytes / model_bytes, format=".1%", label="adap
 # %% [markdown]
 # ## Decide under a budget
 #
-# A device has room for one adapter file. Two plans are on the table, and each may use the same bytes; the scale alpha / r is the one of the parameters cell in all of them:
+# A device has room for one adapter, as large as the one you have just read: the rank of the parameters cell on every layer. Two plans may spend these bytes, and alpha is set so that both have the scale alpha / r of the parameters cell:
 #
 # | plan | layers | so the rank is |
 # |---|---|---|
@@ -1304,7 +1386,7 @@ card.record("adapter_share", file_bytes / model_bytes, format=".1%", label="adap
 #
 # **Exercise.** Decide before you train.
 #
-# 1. `largest_rank(shapes, budget_bytes, bytes_per_number=4)` returns the largest rank whose adapters fit: tensors only, no file header. `shapes` is a list of `(d_out, d_in)`. `largest_rank([(6, 4)], 100)` is 2 (80 bytes; rank 3 needs 120); 0 when not even rank 1 fits. *About 2 lines.*
+# 1. `largest_rank(shapes, budget_bytes, bytes_per_number=4)` returns the largest rank whose adapters fit: tensors only, no file header. `shapes` is a list of `(d_out, d_in)`. `largest_rank([(6, 4)], 100)` is 2 (80 bytes; rank 3 needs 120); 0 when not even rank 1 fits. *About 2 lines.* With it you can ask what rank each plan buys: the attention layers are the names for which `adapters.is_attention(name)` is true.
 # 2. `my_plan` is the plan that you would ship, and `predicted_exact_match` (0 to 1) the share of tickets whose four fields it gets all right after training. Both are graded for being answered; below you see what your decision is worth.
 #
 # <details><summary>Hint 1</summary>What does one unit of rank cost in all the layers together?</details>
@@ -1312,7 +1394,7 @@ card.record("adapter_share", file_bytes / model_bytes, format=".1%", label="adap
 # <details><summary>Hint 3</summary>Floor-divide the budget by bytes_per_number times the sum of (d_out + d_in).</details>
 
 
-# %% exercise="budget" difficulty=4 minutes=10
+# %% exercise="budget" difficulty=4 minutes=7
 def largest_rank(shapes: list[tuple[int, int]], budget_bytes: int, bytes_per_number: int = 4) -> int:
     """Return the largest rank whose adapters on all these (d_out, d_in) weights fit into the budget."""
     ### BEGIN SOLUTION
@@ -1321,6 +1403,7 @@ def largest_rank(shapes: list[tuple[int, int]], budget_bytes: int, bytes_per_num
     ### END SOLUTION
 
 
+my_plan, predicted_exact_match = None, None
 ### BEGIN SOLUTION
 my_plan = "all"
 predicted_exact_match = 0.9
@@ -1351,7 +1434,9 @@ assert largest_rank([(500, 500)], 100) == 0, "When not even rank 1 fits, the ans
 
 # %% check="budget" points=1
 assert my_plan in ("attention", "all"), f'my_plan is "attention" or "all", not {my_plan!r}'
-assert isinstance(predicted_exact_match, (int, float)), f"Predict with a number, not {predicted_exact_match!r}"
+assert isinstance(predicted_exact_match, (int, float, np.number)), (
+    f"Predict with a number, not {predicted_exact_match!r}"
+)
 assert 0 <= predicted_exact_match <= 1, f"predicted_exact_match is a share from 0 to 1, not {predicted_exact_match!r}"
 
 
@@ -1408,7 +1493,7 @@ my_plan, predicted_exact_match = "attention", 0.5
 # %% [markdown]
 # ## The experiment
 #
-# Three runs, each with a company, a random start and an order of the data of its own. In each run you measure the base model, then your adapter under both plans. `peft` trains on the layers of plan `"all"` from the same start on the same batches for the first sixth of the way: two implementations of one update that differ at all part within a few steps. Test tickets are never training tickets.
+# Three runs, each with a company, a random start and an order of the data of its own. In each run you measure the base model, then your adapter under both plans. `peft` trains on the layers of plan `"all"` from the same start on the same batches for the first sixth of the way: if the two did not compute the same update, their losses would part within a few steps. Test tickets are never training tickets.
 
 # %%
 groups = {
@@ -1522,7 +1607,7 @@ card.record("highest_run", max(each_run), format=".0%", label="exact match of th
 compare([(f"exact match of plan {my_plan!r}", predicted_exact_match, pooled(scores[my_plan]).mean())], format=".1%")
 
 # %% [markdown]
-# An answer counts only when it is JSON with exactly the four keys, so the base model scores nothing anywhere: it has never seen the format. The bars are 95 % Wilson intervals over all tickets of all runs. They say what another set of tickets could have given, and nothing about another start or company: single runs range from {{lowest_run}} to {{highest_run}}. When that range is wider than the bar, it is the run that decides; then more test tickets do not make the number safer, more runs do.
+# An answer counts only when it is JSON with exactly the four keys, so the base model scores nothing anywhere: it has never seen the format. The bars are 95 % Wilson intervals over all tickets of all runs. They say what another set of tickets could have given, and nothing about another start or company: single runs range from {{lowest_run}} to {{highest_run}}. A part of that range is again the draw of tickets, since each run has only a share of them. When the range is wider than that explains, it is the run that decides; then more test tickets do not make the number safer, more runs do.
 #
 # ### What your decision is worth
 
@@ -1625,7 +1710,7 @@ card.record(
 )
 
 # %% [markdown]
-# Rounding in float32 moves a logit by {{merge_error}} at most, storage in bfloat16 by {{stored_error}}. So the order matters: evaluate the model that you serve. An adapter that was evaluated unmerged and shipped merged in bfloat16, or merged into 4-bit weights, is another model. Keep the adapter file even when you merge; from merged weights alone, the base does not come back.
+# Rounding in float32 moves a logit by {{merge_error}} at most, storage in bfloat16 by {{stored_error}}. So evaluate the model that you serve. An adapter that was evaluated unmerged and shipped merged in bfloat16, or merged into 4-bit weights, is another model. Keep the adapter file even when you merge; from merged weights alone, the base does not come back.
 
 # %% [markdown]
 # ## With a real model
@@ -1673,7 +1758,7 @@ card.show()
 # ## Read next
 #
 # - Edward J. Hu et al., [LoRA: Low-Rank Adaptation of Large Language Models](https://arxiv.org/abs/2106.09685), 2021. Sections 4.1 and 7.
-# - Armen Aghajanyan, Luke Zettlemoyer, Sonal Gupta, [Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning](https://arxiv.org/abs/2012.13255), 2020. Why so few directions are enough.
+# - Armen Aghajanyan, Luke Zettlemoyer, Sonal Gupta, [Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning](https://arxiv.org/abs/2012.13255), 2020. Why so few directions can be enough.
 # - Tim Dettmers, Artidoro Pagnoni, Ari Holtzman, Luke Zettlemoyer, [QLoRA: Efficient Finetuning of Quantized LLMs](https://arxiv.org/abs/2305.14314), 2023. Section 4 on which layers to adapt.
 # - Damjan Kalajdzievski, [A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA](https://arxiv.org/abs/2312.03732), 2023.
 # - Soufiane Hayou, Nikhil Ghosh, Bin Yu, [The Impact of Initialization on LoRA Finetuning Dynamics](https://arxiv.org/abs/2406.08447), 2024. A random against B random.
