@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -113,12 +113,24 @@ def side_by_side(work: Callable[[_Item], _Made], items: Iterable[_Item], jobs: i
     When it is interrupted (Ctrl-C), or one `work` raises, every process that was started is killed and nothing more
     begins.
     """
+    stopped = threading.Event()
+
+    def unless_stopped(item: _Item) -> _Made:
+        if stopped.is_set():
+            raise CancelledError
+        try:
+            return work(item)
+        except BaseException:
+            stopped.set()  # here and not in the waiting thread, before this one takes up its next item
+            raise
+
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(work, item) for item in items]
+        futures = [pool.submit(unless_stopped, item) for item in items]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
             return [future.result() for future in futures if future.done()]
         except BaseException:
+            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(future.done() for future in futures):  # one may have been about to start its command
                 for child in psutil.Process().children(recursive=True):

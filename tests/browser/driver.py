@@ -19,7 +19,7 @@ def open_notebook(page: Page, address: str) -> None:
 def wait_for_kernel(page: Page) -> None:
     page.wait_for_function(
         "window.jupyterapp?.shell.currentWidget?.context?.sessionContext?.session?.kernel?.status === 'idle'",
-        timeout=90_000,
+        timeout=240_000,
     )
 
 
