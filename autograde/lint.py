@@ -81,6 +81,8 @@ def _parameters(lesson: Lesson) -> Iterator[tuple[int, str]]:
     tagged = [cell for cell in lesson.of_kind("code") if "parameters" in cell.tags]
     if len(tagged) != 1:
         yield 1, f'a lesson has one cell with tags=["parameters"]; this one has {len(tagged)}'
+    elif lesson.quick() == lesson:
+        yield tagged[0].line, "no parameter names a small value, as in 'steps = 160  # quick: 3'"
 
 
 def _exercises(lesson: Lesson) -> Iterator[tuple[int, str]]:

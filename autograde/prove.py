@@ -1,7 +1,8 @@
 """Proves a lesson: its solution earns everything, an empty notebook nothing, every mistake is caught by name.
 
-One process runs the lesson once (`autograde.prover_worker`); at each exercise it forks for the empty answer, each
-mistake and each alternative. This module plans that run, reads its events and judges them; both are pure functions.
+One process runs the lesson once, with its quick parameters (`autograde.prover_worker`); at each exercise it forks for
+the empty answer, each mistake and each alternative. This module plans that run, reads its events and judges them; both
+are pure functions.
 """
 
 import json
@@ -116,7 +117,7 @@ def prove_lesson(
 
     Raises `LessonError` when the source cannot be built; everything else that is wrong is in the proof.
     """
-    parsed = lesson.load(source)
+    parsed = lesson.load(source).quick()
     with tempfile.TemporaryDirectory(prefix="prove-") as folder:
         scratch = Path(folder)
         plan_file = scratch / "plan.json"

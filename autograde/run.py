@@ -75,14 +75,23 @@ class LessonRun:
 
 
 def run_lessons(
-    course: Course, sources: Sequence[Path], parameters: Parameters, limits: Limits, jobs: int, progress: Progress
+    course: Course,
+    sources: Sequence[Path],
+    parameters: Parameters,
+    limits: Limits,
+    jobs: int,
+    progress: Progress,
+    *,
+    quick: bool = False,
 ) -> list[LessonRun]:
     """Run the lessons at `sources`, `jobs` at a time; one that fails does not stop the others.
+
+    With `quick`, the parameters that are not given have the small values that each lesson names.
 
     `progress(source, i, n)` is called from other threads as cell i of n starts. Raises `CourseError` before anything
     runs when a source cannot be built, has no parameter of a given name, or is being run in this tree already.
     """
-    lessons = [lesson.load(source) for source in sources]
+    lessons = [lesson.load(source).quick() if quick else lesson.load(source) for source in sources]
     notebooks = [build.source_notebook(parsed) for parsed in lessons]
 
     def run(item: tuple[Lesson, Path]) -> LessonRun:

@@ -32,6 +32,7 @@ def run(
     parameters: Annotated[
         list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="Set a parameter of the lessons.")
     ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small values of the parameters: does it run?")] = False,
     save_results: Annotated[bool, typer.Option("--save", help="Commit the measured numbers to results/.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Lessons at a time.")] = os.cpu_count() or 1,
     seconds: Annotated[float, typer.Option(min=1, help="Time limit of a lesson.")] = LIMITS.seconds,
@@ -39,13 +40,13 @@ def run(
     json_output: Annotated[bool, typer.Option("--json", help="Print the runs as JSON.")] = False,
 ) -> None:
     """Run lessons with their solutions; executed notebooks and results go to .course/runs/."""
-    if save_results and parameters:
-        raise CourseError("--save keeps the numbers of the default parameters: leave out -p")
+    if save_results and (parameters or quick):
+        raise CourseError("--save keeps the numbers of the default parameters: leave out -p and --quick")
     course = find()
     sources = course.select(lessons or [])
     values = parse_parameters(parameters or [])
     with _Display(sources) as display:
-        runs = run_lessons(course, sources, values, Limits(seconds, mebibytes), jobs, display.at)
+        runs = run_lessons(course, sources, values, Limits(seconds, mebibytes), jobs, display.at, quick=quick)
     if json_output:
         typer.echo(json.dumps([one.to_dict() for one in runs], indent=2))
     else:

@@ -35,7 +35,7 @@
 
 # %% tags=["parameters"]
 seed = 0
-simulations = 1000  # simulated evaluations per point of a coverage curve
+simulations = 1000  # simulated evaluations per point of a coverage curve; quick: 50
 resamples = 500  # bootstrap resamples per interval
 scores_a = ""  # per-question scores of two systems (see "With a real model"); empty: simulated ones
 scores_b = ""

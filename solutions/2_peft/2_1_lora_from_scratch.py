@@ -24,10 +24,10 @@ device = "cpu"  # "cpu", "cuda" or "mps"
 rank = 3
 alpha = 6  # the update is scaled by alpha / rank
 learning_rate = 1e-2  # right for the shipped model of about a million weights; 1e-4 to 3e-4 for a real one
-steps = 160
+steps = 160  # quick: 3
 batch_size = 8
 train_tickets = 1024
-test_tickets = 64  # of each run
+test_tickets = 64  # of each run; quick: 8
 runs = 3  # each with a company, a start and an order of the data of its own
 seed = 0
 

@@ -33,6 +33,7 @@ COMPLETE = f"""# %% [markdown]
 # It does.
 
 # %% tags=["parameters"]
+steps = 160  # quick: 3
 seed = 0
 
 # %% [markdown]

@@ -20,7 +20,7 @@ GOOD = f"""# %% [markdown]
 # # 1.1 Good
 
 # %% tags=["parameters"]
-steps = 3
+steps = 3  # of training; quick: 1
 rate = 0.5
 
 # %%
@@ -150,6 +150,14 @@ def test_parameters_pass_through_as_values(tmp_path: Path) -> None:
     assert "float 1_1_good" in (good.folder / "executed.ipynb").read_text()
 
 
+def test_a_quick_run_has_the_small_values_and_still_takes_others(tmp_path: Path) -> None:
+    course = course_of(tmp_path, _1_1_good=GOOD)
+    for parameters, product in (({}, 0.5), ({"rate": 2.0}, 2.0), ({"steps": 5}, 2.5)):
+        (quick,) = run_lessons(course, course.sources(), parameters, LIMITS, 1, _quiet, quick=True)
+        assert quick.earned == quick.points
+        assert json.loads(quick.result_file.read_text())["results"]["product"]["value"] == product
+
+
 def test_an_unknown_parameter_lists_the_known_before_anything_runs(tmp_path: Path) -> None:
     course = course_of(tmp_path, _1_1_good=GOOD)
     with pytest.raises(CourseError, match=r"lesson 1\.1 has no parameter step; its parameters: steps = 3, rate = 0\.5"):
@@ -247,6 +255,8 @@ def test_saving_is_refused_with_parameters(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     app = typer.Typer()
     app.command(cls=Command)(run)
+    refused = CliRunner().invoke(app, ["1.1", "--quick", "--save"])
+    assert "leave out -p" in str(refused.exception)
     refused = CliRunner().invoke(app, ["1.1", "-p", "steps", "1", "--save"])
     assert isinstance(refused.exception, CourseError)
     assert "leave out -p" in str(refused.exception)
