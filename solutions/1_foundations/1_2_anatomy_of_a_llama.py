@@ -12,7 +12,7 @@
 # %% [markdown]
 # ## Why it matters at work
 #
-# Whoever serves, finetunes or debugs a model has to say what it holds and what a token costs: how many parameters, how many bytes of cache a conversation, how many FLOPs a reply. The parts are few, yet each has a convention that can be got wrong *quietly*: a checkpoint converted with the wrong rotation, a mask that is off by one, positions that count padding, a loss without its shift. Such a model runs, answers in fluent text, and is worse for no visible reason. Interviewers ask you to write grouped-query attention on a whiteboard, and then why the cache is what limits the batch.
+# Whoever serves, finetunes or debugs a model has to say what it holds and what a token costs: how many parameters, how many bytes of cache a conversation, how many FLOPs a reply. The parts are few, yet each has a convention that can be got wrong *quietly*: a checkpoint converted with the wrong rotation, a mask that is off by one, positions that count padding, a loss without its shift. Nothing fails: the shapes fit, the model runs, and it is worse for no visible reason. Interviewers ask you to write grouped-query attention on a whiteboard, and then why the cache is what limits the batch.
 
 # %% [markdown]
 # Parameters of the run. With another `model_id` the whole lesson runs on that model.
@@ -141,13 +141,14 @@ pd.DataFrame(
 # **Exercise.** Two things.
 #
 # 1. *Predict* from the table, in your head: how many parameters has this model? `predicted_parameters` is a whole number; it is graded for being one (ten thousand to a trillion), not for being right.
-# 2. `count_parameters(config)` returns `{"embeddings": …, "attention": …, "feed-forward": …, "norms": …}` for a `LlamaConfig`, each an `int`: the numbers that are *stored*, over all layers. The head belongs to `"embeddings"`; when `config.tie_word_embeddings` is true it is not stored a second time. The other names are those of the table above. Do not assume that $h\,d_h = d$. With $V = 10$, $d = 8$, $L = 2$, $h = 4$, $h_{kv} = 2$, $d_h = 4$, $f = 12$, tied, it is `{"embeddings": 80, "attention": 768, "feed-forward": 576, "norms": 40}`. *About 10 lines.*
+# 2. `count_parameters(config)` returns `{"embeddings": …, "attention": …, "feed-forward": …, "norms": …}` for a `LlamaConfig`, each an `int`: the numbers that are *stored*, over all layers. The head belongs to `"embeddings"`; when `config.tie_word_embeddings` is true it is not stored a second time. The other names are those of the table above. Do not assume that $h\,d_h = d$. With $V = 10$, $d = 8$, $L = 3$, $h = 4$, $h_{kv} = 2$, $d_h = 4$, $f = 12$, tied, it is `{"embeddings": 80, "attention": 1152, "feed-forward": 864, "norms": 56}`. *About 10 lines.*
 #
 # <details><summary>Hint 1</summary>Go through the table row by row, multiply each shape, and ask of each row: how often does it occur?</details>
 # <details><summary>Hint 2</summary>Queries and the output have h d_h numbers a token, keys and values h_kv d_h. The feed-forward has three matrices. How many norms does a layer have, and how many the model?</details>
 # <details><summary>Hint 3</summary>A layer's attention has d times (2 h d_h + 2 h_kv d_h) weights, its feed-forward 3 d f; the norms are (2 L + 1) vectors of width d; the table counts once when tied, else twice.</details>
 
 # %% exercise="count-parameters" difficulty=2 minutes=7
+predicted_parameters = None
 ### BEGIN SOLUTION
 predicted_parameters = 1_000_000
 ### END SOLUTION
@@ -170,7 +171,7 @@ def count_parameters(config: LlamaConfig) -> dict[str, int]:
 
 
 # %% check="count-parameters" points=1
-assert isinstance(predicted_parameters, (int, float)), (
+assert isinstance(predicted_parameters, (int, float, np.number)), (
     f"Predict with a number: predicted_parameters is {predicted_parameters!r}"
 )
 assert 1e4 <= predicted_parameters <= 1e12, (
@@ -185,19 +186,24 @@ def llama_of(tied: bool = True, **sizes: int) -> LlamaConfig:
     return LlamaConfig(**{names[key]: size for key, size in sizes.items()}, tie_word_embeddings=tied)
 
 
-counted = count_parameters(llama_of(V=10, d=8, L=2, h=4, h_kv=2, d_h=4, f=12))
+counted = count_parameters(llama_of(V=10, d=8, L=3, h=4, h_kv=2, d_h=4, f=12))
 assert set(counted) == {"embeddings", "attention", "feed-forward", "norms"}, (
-    f"The keys are embeddings, attention, feed-forward and norms; yours are {sorted(counted)}"
+    f"The keys are embeddings, attention, feed-forward and norms; yours: {counted}"
+)
+assert all(isinstance(count, (int, np.integer)) for count in counted.values()), (
+    f"Counts are whole numbers of type int (divide with //, not with /); yours: {counted}"
 )
 assert counted["embeddings"] != 160, "Tied, the head is the embedding: one tensor, stored once, so 80 and not 160"
 assert counted["embeddings"] == 80, f"The table is (V, d) = (10, 8), 80 numbers; you count {counted['embeddings']}"
-untied = count_parameters(llama_of(V=10, d=8, L=2, h=4, h_kv=2, d_h=4, f=12, tied=False))
+untied = count_parameters(llama_of(V=10, d=8, L=3, h=4, h_kv=2, d_h=4, f=12, tied=False))
 assert untied["embeddings"] == 160, (
     f"Untied, the head is a second (V, d): 160 numbers here; you count {untied['embeddings']}"
 )
-assert counted["norms"] != 32, "The norm before the head is missing: a layer has two norms, and the model one more"
-assert counted["norms"] != 24, "A layer has two norms, one before attention and one before the feed-forward part"
-assert counted["norms"] == 40, f"5 norms of 8 numbers are 40; you count {counted['norms']}"
+assert counted["norms"] != 48, "The norm before the head is missing: a layer has two norms, and the model one more"
+assert counted["norms"] == 56, (
+    "Each of the 3 layers has two norms, before attention and before the feed-forward part, and the model one more: "
+    f"7 of 8 numbers are 56; you count {counted['norms']}"
+)
 ### BEGIN HIDDEN TESTS
 for _v, _d, _l, _tied in [(3, 4, 1, True), (100, 12, 7, False), (5, 2, 3, True)]:
     _got = count_parameters(llama_of(V=_v, d=_d, L=_l, h=2, h_kv=1, d_h=2, f=5, tied=_tied))
@@ -206,17 +212,20 @@ for _v, _d, _l, _tied in [(3, 4, 1, True), (100, 12, 7, False), (5, 2, 3, True)]
 ### END HIDDEN TESTS
 
 # %% check="count-parameters" points=2
-counted = count_parameters(llama_of(V=10, d=8, L=2, h=4, h_kv=2, d_h=4, f=12))
-assert counted["attention"] != 1024, "Keys and values have h_kv heads, not h: that is what grouping them saves"
-assert counted["attention"] not in (512, 384), (
+counted = count_parameters(llama_of(V=10, d=8, L=3, h=4, h_kv=2, d_h=4, f=12))
+assert (counted["attention"], counted["feed-forward"]) not in ((384, 288), (384, 864), (1152, 288)), (
+    "That is one layer's share: count the attention and the feed-forward part of all L layers, here 3"
+)
+assert counted["attention"] != 1536, "Keys and values have h_kv heads, not h: that is what grouping them saves"
+assert counted["attention"] not in (576, 768), (
     "Heads are d_h wide, and h times d_h need not be d: read config.head_dim (here 4 heads of 4, and d = 8)"
 )
-assert counted["attention"] == 768, (
-    f"q and o have 16 x 8 weights, k and v 8 x 8, in 2 layers: 768; you count {counted['attention']}"
+assert counted["attention"] == 1152, (
+    f"q and o have 16 x 8 weights, k and v 8 x 8, in 3 layers: 1152; you count {counted['attention']}"
 )
-assert counted["feed-forward"] != 384, "Count three matrices: gate, up and down; a classic feed-forward part has two"
-assert counted["feed-forward"] == 576, (
-    f"Three matrices of 8 x 12 in 2 layers are 576; you count {counted['feed-forward']}"
+assert counted["feed-forward"] != 576, "Count three matrices: gate, up and down; a classic feed-forward part has two"
+assert counted["feed-forward"] == 864, (
+    f"Three matrices of 8 x 12 in 3 layers are 864; you count {counted['feed-forward']}"
 )
 ### BEGIN HIDDEN TESTS
 _rng = np.random.default_rng(3)
@@ -307,6 +316,37 @@ def count_parameters(config):
     }
 
 
+# %% mistake="one layer's attention" of="count-parameters" says="That is one layer's share"
+predicted_parameters = 1_000_000
+
+
+def count_parameters(config):
+    d, n = config.hidden_size, config.num_hidden_layers
+    q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return {
+        "embeddings": (2 - config.tie_word_embeddings) * config.vocab_size * d,
+        "attention": d * (2 * q + 2 * k),
+        "feed-forward": n * 3 * d * config.intermediate_size,
+        "norms": (2 * n + 1) * d,
+    }
+
+
+# %% mistake="counts with a division" of="count-parameters" says="whole numbers of type int"
+predicted_parameters = 1_000_000
+
+
+def count_parameters(config):
+    d, n = config.hidden_size, config.num_hidden_layers
+    q = config.num_attention_heads * config.head_dim
+    k = q / (config.num_attention_heads / config.num_key_value_heads)
+    return {
+        "embeddings": (2 - config.tie_word_embeddings) * config.vocab_size * d,
+        "attention": n * d * (2 * q + 2 * k),
+        "feed-forward": n * 3 * d * config.intermediate_size,
+        "norms": (2 * n + 1) * d,
+    }
+
+
 # %% mistake="predicts in millions" of="count-parameters" says="between ten thousand and a trillion"
 predicted_parameters = 1.05
 
@@ -343,7 +383,7 @@ def count_parameters(config):
 
 
 # %% [markdown]
-# Your formula beside the tensors of the model. (For a model that is not a plain Llama the rows show what its architecture has more, or less, than a Llama of its sizes.)
+# Your formula beside the tensors of the model. (With another architecture the two columns differ by what it has more, or less, than a Llama of its sizes.)
 
 
 # %%
@@ -458,9 +498,9 @@ card.record("scores_share", scores_share, format=".0%", label=f"share of FLOPs i
 #
 # $$\mathrm{swiglu}(x) = W_{down}\,\bigl(\mathrm{silu}(W_{gate}\,x) \odot W_{up}\,x\bigr)$$
 #
-# **Exercise.** Write both. `x` is `(…, d)`, and so are the results.
+# **Exercise.** Write both. `x` is `(…, d)`, with any number of axes before the last, and so are the results; `x` itself stays as it is.
 #
-# 1. `rms_norm(x, weight, eps)` with `weight` `(d,)`. Squares, mean and root are taken in float32, whatever the dtype of `x`: 300 squared is more than float16 can hold. The quotient goes back to the dtype of `x` before it is multiplied by `weight`. With `x = [3., 4.]`, `weight = [1., 2.]`, `eps = 0` it is `[0.8485, 2.2627]`. *About 3 lines.*
+# 1. `rms_norm(x, weight, eps)` with `weight` `(d,)`. Squares, mean, root and quotient are taken in float32, whatever the dtype of `x`: 300 squared is more than float16 can hold. The quotient is rounded to the dtype of `x` first and multiplied by `weight` then, as in `LlamaRMSNorm`; in bfloat16 the order shows. With `x = [3., 4.]`, `weight = [1., 2.]`, `eps = 0` it is `[0.8485, 2.2627]`. *About 3 lines.*
 # 2. `swiglu(x, gate, up, down)` with the weights of the table: `gate` and `up` `(f, d)`, `down` `(d, f)`. With `x = [1., 2.]`, `gate = [[1., 1.]]`, `up = [[2., 0.]]`, `down = [[1.], [-1.]]` it is `[5.7155, -5.7155]`. *About 1 line.*
 #
 # <details><summary>Hint 1</summary>Over which axis is the mean, and what must its shape be so that it divides x? Which of the two matrices goes through the silu?</details>
@@ -509,6 +549,21 @@ assert half.dtype == torch.float16, f"Return the dtype of x, float16; yours is {
 assert torch.allclose(half.float(), torch.ones(4), atol=2e-3), (
     f"Square in float32: 300 squared overflows float16, and your result is {half[0].item():g} in place of 1"
 )
+torch.manual_seed(0)
+theirs = LlamaRMSNorm(256, eps=1e-5).bfloat16()
+theirs.weight.data.normal_()
+x = torch.randn(4, 256).bfloat16()
+other_values = (rms_norm(x, theirs.weight.data, 1e-5) != theirs(x).detach()).float().mean().item()
+# Sums in another order move a value to its neighbour now and then; another order of rounding does so in a third of all.
+assert other_values < 0.05, (
+    f"{other_values:.0%} of the values are not LlamaRMSNorm's in bfloat16: round to the dtype of x first, then multiply by "
+    "the weight"
+)
+given = torch.tensor([3.0, 4.0])
+rms_norm(given, torch.ones(2), 0.0)
+assert given.tolist() == [3.0, 4.0], (
+    "Your function changes its input: x.float() of a float32 tensor is x itself, so do not work in place on it"
+)
 ### BEGIN HIDDEN TESTS
 for _shape, _eps, _dtype in [
     ((5,), 1e-6, torch.float32),
@@ -542,6 +597,11 @@ assert not torch.allclose(got, torch.tensor([1.9051, -1.9051]), atol=1e-3), (
 )
 assert torch.allclose(got, torch.tensor([5.7155, -5.7155]), atol=1e-3), (
     f"The example gives [5.7155, -5.7155]; yours is {got.tolist()}"
+)
+square = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+rows = swiglu(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), square, square, square)
+assert torch.allclose(rows, torch.tensor([[9.3044, 8.5733], [0.0, 0.0]]), atol=1e-3), (
+    "Each row of x is one vector, and x may have any number of axes: multiply from the right, x @ weight.T"
 )
 ### BEGIN HIDDEN TESTS
 for _d, _f, _shape in [(3, 5, (2, 4)), (8, 1, ()), (1, 6, (3,)), (16, 40, (1, 1, 2))]:
@@ -604,6 +664,37 @@ def swiglu(x, gate, up, down):
     return nn.functional.linear(nn.functional.silu(x @ gate.T) * (x @ up.T), down)
 
 
+# %% mistake="multiplies before it rounds" of="norm-and-gate" says="round to the dtype of x first"
+def rms_norm(x, weight, eps):
+    wide = x.float()
+    return (weight.float() * wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
+
+
+def swiglu(x, gate, up, down):
+    return nn.functional.linear(nn.functional.silu(x @ gate.T) * (x @ up.T), down)
+
+
+# %% mistake="works in place" of="norm-and-gate" says="Your function changes its input"
+def rms_norm(x, weight, eps):
+    dtype, x = x.dtype, x.float()
+    x *= torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * x.to(dtype)
+
+
+def swiglu(x, gate, up, down):
+    return nn.functional.linear(nn.functional.silu(x @ gate.T) * (x @ up.T), down)
+
+
+# %% mistake="multiplies from the left" of="norm-and-gate" says="multiply from the right"
+def rms_norm(x, weight, eps):
+    wide = x.float()
+    return weight * (wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
+
+
+def swiglu(x, gate, up, down):
+    return down @ (nn.functional.silu(gate @ x) * (up @ x))
+
+
 # %% mistake="the silu on the wrong branch" of="norm-and-gate" says="The silu is on the wrong branch"
 def rms_norm(x, weight, eps):
     wide = x.float()
@@ -639,9 +730,9 @@ def swiglu(x, gate, up, down):
 # %% [markdown]
 # ## Positions: one rotation, two conventions
 #
-# A score $q \cdot k$ alone does not say where the two tokens stand. Rotary embeddings (Su et al., 2021) turn pairs of coordinates of each query and key by an angle that is proportional to the position $m$: with the base $\theta$, pair $i$ of $d_h / 2$ turns by $m\,\omega_i$, where $\omega_i = \theta^{-2i/d_h}$ for $i = 0, \dots, d_h/2 - 1$. Turning both vectors by the same angle changes no scalar product, so a score depends on the *difference* of two positions only.
+# A score $q \cdot k$ alone does not say where the two tokens stand. Rotary embeddings (Su et al., 2021) turn pairs of coordinates of each query and key by an angle that is proportional to the position $m$: with the base $\theta$, pair $i$ of $d_h / 2$ turns by $m\,\omega_i$, where $\omega_i = \theta^{-2i/d_h}$ for $i = 0, \dots, d_h/2 - 1$. Turning both vectors by the same angle changes no scalar product, so for given $q$ and $k$ the score depends on the *difference* of the two positions alone.
 #
-# The paper pairs neighbours, $(x_0, x_1), (x_2, x_3), \dots$: the **interleaved** convention, which Meta's own code has. Here it is, with pairs as complex numbers:
+# The paper pairs neighbours, $(x_0, x_1), (x_2, x_3), \dots$: the **interleaved** convention. Meta's release of Llama has it too (`apply_rotary_emb` in `llama/model.py`). Here it is, with pairs as complex numbers:
 
 
 # %%
@@ -665,7 +756,7 @@ print(rope_interleaved(one.expand(3, 4), torch.arange(3), theta=100.0))
 #
 # **Exercise.** Two things.
 #
-# 1. `rope(x, positions, theta)` rotates in the half-split convention: `x` is `(b, h, t, d_h)` with $d_h$ even, `positions` `(t,)` holds whole numbers (any, not always 0, 1, 2, …), the result has the shape and dtype of `x`. With `theta = 100` and position 1, `[1, 0, 0, 0]` becomes `[cos 1, 0, sin 1, 0]` and `[0, 1, 0, 0]` becomes `[0, cos 0.1, 0, sin 0.1]`. *About 6 lines.*
+# 1. `rope(x, positions, theta)` rotates in the half-split convention: `x` is `(b, h, t, d_h)` with $d_h$ even, `positions` `(t,)` holds whole numbers (any, not always 0, 1, 2, …), the result has the shape and dtype of `x`, which itself stays as it is. Compute the angles in float32 also when `x` is bfloat16, which cannot tell position 1001 from 1000. With `theta = 100` and position 1, `[1, 0, 0, 0]` becomes `[cos 1, 0, sin 1, 0]` and `[0, 1, 0, 0]` becomes `[0, cos 0.1, 0, sin 0.1]`. *About 6 lines.*
 # 2. `to_half_split(weight, heads)` converts a q or k matrix `(heads * d_h, d_in)` that was trained with interleaved pairs, so that with half-split rotation all scores stay what they were. It reorders rows and returns a new tensor of the same shape. For `heads = 1` and $d_h = 4$, the rows 0, 1, 2, 3 come in the order 0, 2, 1, 3. *About 2 lines.*
 #
 # <details><summary>Hint 1</summary>A head falls into two halves; each is multiplied by the cosines and gets the other one, with a sign, times the sines. For the conversion: where does the first number of each pair have to go?</details>
@@ -697,6 +788,9 @@ def to_half_split(weight: Tensor, heads: int) -> Tensor:
 # %% check="rope" points=2
 at_one = rope(torch.eye(4)[None, :, None, :], torch.tensor([1]), theta=100.0)[0, :, 0]  # a unit vector a head
 assert at_one.shape == (4, 4), "The result must have the shape of x, (b, h, t, d_h)"
+assert not torch.allclose(at_one, torch.eye(4), atol=1e-3), (
+    "The token stands at position 1 and nothing turned: use the positions you are given, not 0, 1, 2, …"
+)
 assert not torch.allclose(at_one[0, :2], torch.tensor([0.5403, 0.8415]), atol=1e-3), (
     "You turn neighbours, (x0, x1): that is the interleaved convention; half-split pairs x_i with x_(i + d_h/2)"
 )
@@ -706,6 +800,9 @@ assert not torch.allclose(at_one[0, 2], torch.tensor(-0.8415), atol=1e-3), (
 assert torch.allclose(at_one[0], torch.tensor([0.5403, 0.0, 0.8415, 0.0]), atol=1e-3), (
     f"[1, 0, 0, 0] at position 1 becomes [cos 1, 0, sin 1, 0]; yours is {at_one[0].tolist()}"
 )
+assert not torch.allclose(at_one[1, 3], torch.tensor(0.0100), atol=1e-3), (
+    "Pair 1 turns by 0.01 a position, as with theta = 10,000: use the theta you are given, here 100"
+)
 assert torch.allclose(at_one[1], torch.tensor([0.0, 0.9950, 0.0, 0.0998]), atol=1e-3), (
     f"Pair 1 of 2 turns by theta ** (-2 / 4) = 0.1 a position (the exponent is -2i / d_h): [0, 1, 0, 0] becomes "
     f"[0, cos 0.1, 0, sin 0.1]; yours is {[round(value, 4) for value in at_one[1].tolist()]}"
@@ -714,6 +811,16 @@ moved = rope(torch.ones(1, 1, 2, 4), torch.tensor([7, 3]), theta=100.0)[0, 0]
 assert torch.allclose(moved[1], rope(torch.ones(1, 1, 1, 4), torch.tensor([3]), theta=100.0)[0, 0, 0], atol=1e-5), (
     "Use the positions you are given: a token at position 3 is turned by 3, wherever it stands in the tensor"
 )
+far = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+coarse = rope(far.bfloat16(), torch.tensor([1001]))
+assert coarse.dtype == torch.bfloat16, f"The result has the dtype of x, bfloat16; yours is {coarse.dtype}"
+# bfloat16 rounds by up to 2 ** -9 of a number: cosines, products and the sum, of numbers below 4, give less than 0.05.
+assert torch.allclose(coarse.float(), rope(far, torch.tensor([1001])), atol=0.05), (
+    "In bfloat16 position 1001 is 1000, a whole radian off: compute the angles in float32, whatever the dtype of x"
+)
+given = torch.ones(1, 1, 2, 4)
+rope(given, torch.tensor([1, 2]))
+assert torch.equal(given, torch.ones(1, 1, 2, 4)), "Your function changes its input: return a new tensor"
 ### BEGIN HIDDEN TESTS
 for _b, _h, _t, _d_h, _theta in [(2, 3, 5, 8, 10_000.0), (1, 1, 1, 2, 500.0), (1, 4, 9, 6, 1e6)]:
     torch.manual_seed(_d_h)
@@ -730,9 +837,8 @@ for _b, _h, _t, _d_h, _theta in [(2, 3, 5, 8, 10_000.0), (1, 1, 1, 2, 500.0), (1
     assert torch.allclose(rope(_q, _positions, _theta), _want, atol=2e-5), (
         f"d_h {_d_h}, theta {_theta:g}: differs from apply_rotary_pos_emb"
     )
-assert rope(torch.ones(1, 1, 2, 4, dtype=torch.bfloat16), torch.arange(2)).dtype == torch.bfloat16, (
-    "The result has the dtype of x"
-)
+for _dtype in (torch.float16, torch.float64):
+    assert rope(torch.ones(1, 1, 2, 4, dtype=_dtype), torch.arange(2)).dtype == _dtype, f"x in {_dtype}: another dtype"
 ### END HIDDEN TESTS
 
 
@@ -835,6 +941,60 @@ def to_half_split(weight, heads):
     return torch.cat([head[order] for head in weight.chunk(heads)])
 
 
+# %% mistake="numbers the tokens" of="rope" says="nothing turned: use the positions you are given"
+def rope(x, positions, theta=10_000.0):
+    half = x.shape[-1] // 2
+    angle = torch.arange(x.shape[2])[:, None] * theta ** (-torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1).to(x.dtype)
+
+
+def to_half_split(weight, heads):
+    order = torch.arange(weight.shape[0] // heads).reshape(-1, 2).T.flatten()
+    return torch.cat([head[order] for head in weight.chunk(heads)])
+
+
+# %% mistake="a fixed theta" of="rope" says="use the theta you are given"
+def rope(x, positions, theta=10_000.0):
+    half = x.shape[-1] // 2
+    angle = positions[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1).to(x.dtype)
+
+
+def to_half_split(weight, heads):
+    order = torch.arange(weight.shape[0] // heads).reshape(-1, 2).T.flatten()
+    return torch.cat([head[order] for head in weight.chunk(heads)])
+
+
+# %% mistake="angles in the dtype of x" of="rope" says="compute the angles in float32"
+def rope(x, positions, theta=10_000.0):
+    half = x.shape[-1] // 2
+    angle = positions.to(x.dtype)[:, None] * (theta ** (-torch.arange(half) / half)).to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def to_half_split(weight, heads):
+    order = torch.arange(weight.shape[0] // heads).reshape(-1, 2).T.flatten()
+    return torch.cat([head[order] for head in weight.chunk(heads)])
+
+
+# %% mistake="writes into x" of="rope" says="Your function changes its input"
+def rope(x, positions, theta=10_000.0):
+    half = x.shape[-1] // 2
+    angle = positions[:, None] * theta ** (-torch.arange(half) / half)
+    a, b = x[..., :half].clone(), x[..., half:].clone()
+    x[..., :half] = a * angle.cos() - b * angle.sin()
+    x[..., half:] = b * angle.cos() + a * angle.sin()
+    return x
+
+
+def to_half_split(weight, heads):
+    order = torch.arange(weight.shape[0] // heads).reshape(-1, 2).T.flatten()
+    return torch.cat([head[order] for head in weight.chunk(heads)])
+
+
 # %% mistake="reorders across heads" of="rope" says="Rows must stay in their head"
 def rope(x, positions, theta=10_000.0):
     half = x.shape[-1] // 2
@@ -874,7 +1034,7 @@ def to_half_split(weight, heads):
 
 
 # %% [markdown]
-# Two demonstrations. A score depends on the distance of two positions alone; and a checkpoint that is not converted gives other scores, while one that is converted does not.
+# Two demonstrations. The same query and key have the same score at the same distance, wherever they stand. And a checkpoint that is not converted gives other scores, one that is converted the same. (Your conversion is what `permute` does in `convert_llama_weights_to_hf.py`, the script in the repository of `transformers` that reads Meta's checkpoints.)
 
 # %%
 generator = torch.Generator().manual_seed(seed)
@@ -903,8 +1063,8 @@ print(
 #
 # **Exercise.** Two things.
 #
-# 1. `attend(q, k, v)` with `q` `(b, h, t, d_h)` and `k`, `v` `(b, h_kv, s, d_h)` returns `(b, h, t, d_h)`; q and k are rotated already. With one head, $d_h = 1$, `q = [0, 0]`, `k = [0, 0]`, `v = [1, 3]` (one number a position) the result is `[1, 2]`. *About 6 lines.*
-# 2. *Write the test that catches the bug.* `looks_ahead(attend)` takes such a function and returns `True` when an output depends on a token after it, `False` when none does. You choose the inputs (one text, one head and equally many queries and keys will do; make them random). It must catch an attention that looks one token ahead, and one that masks *after* the softmax, so that later keys leak through the sum it divides by. It must not accuse an attention that sees less than it may, such as a window over the last two tokens. *About 5 lines.*
+# 1. `attend(q, k, v)` with `q` `(b, h, t, d_h)` and `k`, `v` `(b, h_kv, s, d_h)` returns `(b, h, t, d_h)`; q and k are rotated already, and none of the three is changed. With one head, $d_h = 1$, `q = [0, 0]`, `k = [0, 0]`, `v = [1, 3]` (one number a position) the result is `[1, 2]`. *About 6 lines.*
+# 2. *Write the test that catches the bug.* `looks_ahead(attend)` takes such a function and returns `True` when an output depends on a token after it, `False` when none does. You choose the inputs (one text, one head and equally many queries and keys will do; make them random). It must catch an attention that looks one token ahead, one that leaks at a single place (the second token sees the third, and nothing else is wrong), and one that masks *after* the softmax, so that later keys leak through the sum it divides by. It must not accuse an attention that sees less than it may, such as a window over the last two tokens. *About 5 lines.*
 #
 # <details><summary>Hint 1</summary>Repeat the key-value heads first; everything after that is attention as you know it. For the test: what must not happen to the first outputs when the text is cut off after them?</details>
 # <details><summary>Hint 2</summary><code>repeat_interleave</code> repeats neighbours (0, 0, 1, 1); <code>repeat</code> gives 0, 1, 0, 1. Compare key positions 0 … s−1, as a row, with query positions s−t … s−1, as a column; <code>masked_fill</code> with minus infinity, then softmax over the last axis.</details>
@@ -940,13 +1100,14 @@ torch.manual_seed(0)
 got = attend(torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 8))
 assert got.shape == (2, 4, 3, 8), f"The result has the shape of q, (2, 4, 3, 8); yours is {tuple(got.shape)}"
 got = attend(torch.randn(1, 2, 3, 4), torch.randn(1, 1, 3, 4), torch.ones(1, 1, 3, 4))
+assert not got[0, 0, 0].isnan().any(), "The first token sees no key at all: a token sees itself, so j = i is allowed"
 assert torch.allclose(got, torch.ones(1, 2, 3, 4), atol=1e-5), (
     "A query's weights over its keys must sum to 1: mask the scores with -inf, then softmax over the last axis (the keys)"
 )
 order = torch.tensor([1.0, 3.0, 8.0]).reshape(1, 1, 3, 1)
 got = attend(torch.zeros(1, 1, 3, 1), torch.zeros(1, 1, 3, 1), order)[0, 0, :, 0]
 assert not torch.allclose(got, torch.full((3,), 4.0), atol=1e-4), (
-    "Every position sees the whole text: query i may see the keys 0 to i and none after"
+    "Every position sees the whole text: query i may see the keys 0 to i and none after (a score of 0 hides nothing)"
 )
 assert torch.allclose(got, torch.tensor([1.0, 2.0, 4.0]), atol=1e-4), (
     f"With equal scores position i gets the mean of the values 0 to i: [1, 2, 4] here; yours is {got.tolist()}"
@@ -958,9 +1119,17 @@ assert got != [0, 1, 0, 1], (
 )
 assert got == [0, 0, 1, 1], f"Query heads 0 to 3 read the key-value heads 0, 0, 1, 1; yours read {got}"
 keys = torch.tensor([[0.0, 0, 0, 0], [1.0, 1, 1, 1]]).reshape(1, 1, 2, 4)
-got = attend(torch.ones(1, 1, 2, 4), keys, keys)[0, 0, 1, 0].item()
+got = attend(torch.ones(1, 4, 2, 4), keys, keys)[0, 0, 1, 0].item()
 assert abs(got - 0.9820) > 1e-3, "Divide the scores by sqrt(d_h): with d_h = 4 a product of 4 becomes a score of 2"
+assert abs(got - 0.7311) > 1e-3, (
+    "You divide a product of 4 by 4: the divisor is sqrt(d_h), here 2, the root of the width of one head, not of the model"
+)
 assert abs(got - 0.8808) < 1e-3, f"Scores 0 and 2 give the second key the weight 0.8808; yours is {got:.4f}"
+given = torch.ones(1, 1, 2, 4), keys.clone(), keys.clone()
+attend(*given)
+assert all(
+    torch.equal(after, before) for after, before in zip(given, (torch.ones(1, 1, 2, 4), keys, keys), strict=True)
+), "Your function changes its input: q is divided in place, say; return a new tensor"
 ### BEGIN HIDDEN TESTS
 for _b, _h, _h_kv, _t, _d_h in [(2, 6, 2, 5, 4), (1, 3, 3, 1, 2), (1, 4, 1, 7, 16), (3, 2, 1, 2, 1)]:
     torch.manual_seed(_t)
@@ -991,30 +1160,38 @@ for _h, _h_kv, _t, _s in [(2, 2, 1, 6), (4, 2, 3, 5), (2, 1, 4, 4), (6, 3, 2, 9)
 
 # %% check="attention" points=2
 def suspect(seen: Callable[[int], Tensor], after_softmax: bool = False, extra: float = 0.0) -> Callable:
-    """An attention for one head whose query i sees where `seen(t)[i]` is true, honest or not."""
+    """An attention for one head, honest or not: the query at i sees the keys j where `seen(s)[i, j]` is true."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        allowed = seen(q.shape[2])
-        weights = torch.einsum("bhid,bhjd->bhij", q, k).mul(0.5).exp()
-        total = (weights if after_softmax else weights * allowed).sum(-1, keepdim=True)
-        return torch.einsum("bhij,bhjd->bhid", weights * allowed / total, v) + extra * v.mean(2, keepdim=True)
+        allowed = seen(k.shape[2])[-q.shape[2] :]
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) / 2
+        total = torch.where(allowed | after_softmax, scores, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        weights = torch.where(allowed, (scores - total).exp(), 0.0)
+        return torch.einsum("bhij,bhjd->bhid", weights, v) + extra * v.mean(2, keepdim=True)
 
     return attention
 
 
 def up_to(ahead: int) -> Callable[[int], Tensor]:
-    return lambda t: torch.ones(t, t).tril(ahead).bool()
+    return lambda s: torch.ones(s, s).tril(ahead).bool()
+
+
+def second_sees_third(s: int) -> Tensor:
+    return up_to(0)(s) | (torch.arange(s) == 2) & (torch.arange(s) == 1)[:, None]
 
 
 assert not looks_ahead(suspect(up_to(0))), (
     "Your test accuses an honest attention: the output at i may depend on the tokens 0 to i, its own included"
 )
-assert not looks_ahead(suspect(lambda t: up_to(0)(t) & ~up_to(-2)(t))), (
+assert not looks_ahead(suspect(lambda s: up_to(0)(s) & ~up_to(-2)(s))), (
     "Your test accuses an attention over the last two tokens: seeing less is not looking ahead; compare it with itself"
 )
 assert looks_ahead(suspect(up_to(10))), "Your test misses an attention that sees the whole text"
 assert looks_ahead(suspect(up_to(1))), (
     "Your test misses an attention that looks one token ahead: look at every output, not at the first or last alone"
+)
+assert looks_ahead(suspect(second_sees_third)), (
+    "Your test misses a leak at one place, from the third token to the second: cut the text off after every token in turn"
 )
 assert looks_ahead(suspect(up_to(0), after_softmax=True)), (
     "Your test misses a mask after the softmax: later keys leak through the sum, so later keys must change too"
@@ -1022,7 +1199,7 @@ assert looks_ahead(suspect(up_to(0), after_softmax=True)), (
 ### BEGIN HIDDEN TESTS
 assert looks_ahead(suspect(up_to(0), extra=0.01)), "Your test misses a leak of one percent through the values"
 assert looks_ahead(suspect(up_to(2))), "Your test misses an attention that looks two tokens ahead"
-assert not looks_ahead(suspect(lambda t: torch.eye(t).bool())), "Seeing only oneself is not looking ahead"
+assert not looks_ahead(suspect(lambda s: torch.eye(s).bool())), "Seeing only oneself is not looking ahead"
 ### END HIDDEN TESTS
 
 
@@ -1082,6 +1259,73 @@ def attend(q, k, v):
     scores = q @ k.transpose(-1, -2)
     mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+def looks_ahead(attend):
+    q, k, v = torch.randn(3, 1, 1, 5, 4)
+    return any(
+        not torch.allclose(attend(q, k, v)[:, :, :n], attend(q[:, :, :n], k[:, :, :n], v[:, :, :n]), atol=1e-5)
+        for n in range(1, 5)
+    )
+
+
+# %% mistake="the width of the model" of="attention" says="the root of the width of one head"
+def attend(q, k, v):
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) / (q.shape[1] * q.shape[-1]) ** 0.5
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+def looks_ahead(attend):
+    q, k, v = torch.randn(3, 1, 1, 5, 4)
+    return any(
+        not torch.allclose(attend(q, k, v)[:, :, :n], attend(q[:, :, :n], k[:, :, :n], v[:, :, :n]), atol=1e-5)
+        for n in range(1, 5)
+    )
+
+
+# %% mistake="hides the token itself" of="attention" says="a token sees itself"
+def attend(q, k, v):
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(k.shape[2] - q.shape[2] - 1)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+def looks_ahead(attend):
+    q, k, v = torch.randn(3, 1, 1, 5, 4)
+    return any(
+        not torch.allclose(attend(q, k, v)[:, :, :n], attend(q[:, :, :n], k[:, :, :n], v[:, :, :n]), atol=1e-5)
+        for n in range(1, 5)
+    )
+
+
+# %% mistake="a score of zero as a mask" of="attention" says="a score of 0 hides nothing"
+def attend(q, k, v):
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    return scores.tril(k.shape[2] - q.shape[2]).softmax(-1) @ v
+
+
+def looks_ahead(attend):
+    q, k, v = torch.randn(3, 1, 1, 5, 4)
+    return any(
+        not torch.allclose(attend(q, k, v)[:, :, :n], attend(q[:, :, :n], k[:, :, :n], v[:, :, :n]), atol=1e-5)
+        for n in range(1, 5)
+    )
+
+
+# %% mistake="scales the queries in place" of="attention" says="Your function changes its input"
+def attend(q, k, v):
+    q /= q.shape[-1] ** 0.5
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    return (q @ k.transpose(-1, -2)).masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
 def looks_ahead(attend):
@@ -1169,6 +1413,44 @@ def looks_ahead(attend):
     changed = v.clone()
     changed[:, :, -1] += 1
     return not torch.allclose(attend(q, k, v)[:, :, :-1], attend(q, k, changed)[:, :, :-1], atol=1e-5)
+
+
+# %% mistake="cuts the text off in the middle only" of="attention" says="Your test misses a leak at one place"
+def attend(q, k, v):
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    return nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+
+def looks_ahead(attend):
+    q, k, v = torch.randn(3, 1, 1, 6, 4)
+    return not torch.allclose(attend(q, k, v)[:, :, :3], attend(q[:, :, :3], k[:, :, :3], v[:, :, :3]), atol=1e-5)
+
+
+# %% alternative="a loop over heads and queries, and a future that is far away" of="attention"
+def attend(q, k, v):
+    _, h, t, d = q.shape
+    s, out = k.shape[2], torch.empty_like(q)
+    for head in range(h):
+        shared = head * k.shape[1] // h
+        for i in range(t):
+            reach = s - t + i + 1
+            scores = torch.einsum("bd,bsd->bs", q[:, head, i], k[:, shared, :reach]) / d**0.5
+            out[:, head, i] = torch.einsum("bs,bsd->bd", scores.softmax(-1), v[:, shared, :reach])
+    return out
+
+
+def looks_ahead(attend):
+    q, k, v = torch.randn(3, 1, 1, 6, 4)
+    whole = attend(q, k, v)
+    for n in range(1, 6):
+        other = [x.clone() for x in (q, k, v)]
+        for x in other:
+            x[:, :, n:] += 100
+        if not torch.allclose(attend(*other)[:, :, :n], whole[:, :, :n], atol=1e-5):
+            return True
+    return False
 
 
 # %% alternative="groups as an axis, and a test that changes the future" of="attention"
@@ -1298,7 +1580,7 @@ card.record("parity_error", max(matched.values()), format=".0e", label=label, to
 card.record("logit_error", logit_error, format=".0e", label="your whole Llama's logits, the same", tolerance=1e-5)
 
 # %% [markdown]
-# The parts agree to {{parity_error}}, the logits of the whole model to {{logit_error}}. That is rounding: float32 rounds to 24 bits, by up to 6e-8 of a number, and sums are taken in another order. From here on you may use the library with a good conscience.
+# The parts agree to {{parity_error}}, the logits of the whole model to {{logit_error}}. That is rounding: float32 keeps 24 bits, an error of up to 6e-8 of a number, and sums are taken in another order. From here on the lesson uses the library.
 
 # %% [markdown]
 # ## The loss, and its shift
@@ -1331,7 +1613,7 @@ batch_logits, batch_labels, library_loss = two_texts(pages[0][0], worlds[0].pass
 print(f"the model's own loss {library_loss:.4f}, the broken one {broken_loss(batch_logits, batch_labels):.4f} nats")
 
 # %% [markdown]
-# **Exercise (find and fix).** Write `next_token_loss(logits, labels)`: `logits` `(b, t, V)`, `labels` `(b, t)`, unshifted, −100 where a target does not count. It returns a scalar in float32, in nats, equal to the loss of `transformers`. Logits in half precision are turned into float32 first. At least one target counts. With `logits = [[[0., log 3], [5., 0.]]]` and `labels = [[0, 1]]` it is $-\log \frac{3}{4} = 0.2877$: one target, the token 1, guessed at position 0. *About 3 lines.*
+# **Exercise (find and fix).** Write `next_token_loss(logits, labels)`: `logits` `(b, t, V)`, `labels` `(b, t)`, unshifted, −100 where a target does not count. It returns a tensor of shape `()` in float32, in nats, equal to the loss of `transformers`; the labels stay as they are. Logits in half precision are turned into float32 first. At least one target counts. With `logits = [[[0., log 3], [5., 0.]]]` and `labels = [[0, 1]]` it is $-\log \frac{3}{4} = 0.2877$: one target, the token 1, guessed at position 0. *About 3 lines.*
 #
 # <details><summary>Hint 1</summary>A text of t tokens has t − 1 targets. Which logits have no target, and which label is never guessed? And: is a token of a short text worth more than one of a long text?</details>
 # <details><summary>Hint 2</summary>Drop the last position of the logits and the first of the labels. Then one mean over everything that counts, rather than a mean of means. <code>nn.functional.cross_entropy</code> has <code>ignore_index</code>.</details>
@@ -1352,6 +1634,7 @@ certain = torch.full((1, 4, 5), -20.0)
 certain[0, [0, 1, 2], [3, 1, 4]] = 20.0  # sure of the tokens 3, 1, 4 as the next ones; the last guess is of no use
 certain[0, 3, 0] = 20.0
 got = next_token_loss(certain, torch.tensor([[2, 3, 1, 4]]))
+assert isinstance(got, Tensor), f"Return a tensor, which can be differentiated; yours is a {type(got).__name__}"
 assert got.shape == (), f"The loss is one number, a tensor of shape (); yours is {tuple(got.shape)}"
 assert next_token_loss(certain, torch.tensor([[3, 1, 4, 0]])) > 1, (
     "Your loss is zero for a model that repeats the token it has just read: shift, so that position i guesses i + 1"
@@ -1384,11 +1667,17 @@ assert not torch.allclose(got, (each[0].mean() + each[1, 0]) / 2, atol=1e-4), (
 assert not torch.allclose(got, (each[0].sum() + each[1, 0]) / 10, atol=1e-4), (
     "You divide by all positions: targets of -100 must be missing in the denominator too; 6 count here"
 )
+across = -logits[0, 5].log_softmax(-1)[labels[1, 0]]  # the last guess of the first text for the second text's start
+assert not torch.allclose(got, (6 * want + across) / 7, atol=1e-4), (
+    "You shift after flattening: the last position of a text must not guess the first token of the next; shift each row"
+)
 assert not torch.allclose(got, each.mean(), atol=1e-4), "A label of -100 is not the token 0: leave these positions out"
 assert torch.allclose(got, want, atol=1e-4), f"Six targets count, their mean is {want:.4f}; your loss is {got:.4f}"
-far = torch.zeros(1, 2, 3, dtype=torch.bfloat16)
-assert next_token_loss(far, torch.tensor([[0, 1]])).dtype == torch.float32, (
-    "Turn the logits into float32 first: a logarithm of bfloat16 has three digits"
+coarse = logits.bfloat16()
+got, want = next_token_loss(coarse, labels), next_token_loss(coarse.float(), labels)
+assert got.dtype == torch.float32, f"Turn the logits into float32 first: your loss is {got.dtype}"
+assert torch.allclose(got, want, atol=1e-4), (
+    f"Turn the logits into float32 first: a logarithm of bfloat16 has three digits, and {got:.4f} should be {want:.4f}"
 )
 ### BEGIN HIDDEN TESTS
 for _seed in range(4):
@@ -1438,6 +1727,30 @@ def next_token_loss(logits, labels):
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
+# %% mistake="turns the result into float32" of="next-token-loss" says="Turn the logits into float32 first"
+def next_token_loss(logits, labels):
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).float()
+
+
+# %% mistake="shifts after flattening" of="next-token-loss" says="You shift after flattening"
+def next_token_loss(logits, labels):
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1)[:-1], labels.flatten()[1:])
+
+
+# %% mistake="overwrites the labels" of="next-token-loss" says="Do not change the labels"
+def next_token_loss(logits, labels):
+    targets = labels[:, 1:]
+    counts = targets != -100
+    targets[~counts] = 0
+    log_p = logits[:, :-1].float().log_softmax(-1)
+    return -log_p.gather(-1, targets[..., None])[..., 0][counts].mean()
+
+
+# %% mistake="returns a Python number" of="next-token-loss" says="Return a tensor"
+def next_token_loss(logits, labels):
+    return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()).item()
+
+
 # %% alternative="picks the targets that count" of="next-token-loss"
 def next_token_loss(logits, labels):
     places = (labels != -100).nonzero().tolist()
@@ -1475,9 +1788,9 @@ table = pd.DataFrame(rows, columns=["RoPE turns", "loss (nats a token)", "low", 
 display(table.style.format(precision=2).hide(axis="index"))
 
 # %% [markdown]
-# With the wrong pairs the scores between different positions are wrong, and the loss goes from {{loss_right}} nats ({{loss_right:interval}}) to {{loss_wrong_rope}} ({{loss_wrong_rope:interval}}). No shape is wrong, no number is NaN. After a conversion of weights, compare logits with the original's; reading a few answers does not do.
+# With the wrong pairs the scores between different positions are wrong, and the loss goes from {{loss_right}} nats ({{loss_right:interval}}) to {{loss_wrong_rope}} ({{loss_wrong_rope:interval}}). No shape is wrong, no number is NaN. After a conversion of weights compare logits with the original's: they must agree to rounding, while a few answers can look right with a smaller fault.
 #
-# The other bug, the mean of means, comes back when gradients are accumulated: averaging the losses of small batches gives the tokens of a batch with few targets more weight. Sum first, and divide by the number of targets of all of them.
+# The mean of means comes back when gradients are accumulated: averaging the losses of small batches gives the tokens of a batch with few targets more weight. Sum first, and divide by the number of targets of all of them. (`Trainer` does so: it passes `num_items_in_batch` to the loss.)
 
 # %% [markdown]
 # ## Which heads copy?
@@ -1621,52 +1934,56 @@ def losses_of(sample: Repeated) -> tuple[float, float]:
     return tuple(-log_p[places, tokens[places + 1]].mean().item() for places in (sample.first, sample.second))
 
 
-def silenced(heads: list[tuple[int, int]]) -> np.ndarray:
-    """How much the losses of `losses_of` rise without these heads, in all worlds but the first: (worlds, 2)."""
-    rises = []
-    for sample in lists[1:]:
-        with using(without([])):
-            whole = np.array(losses_of(sample))
-        with using(without(heads)):
-            rises.append(np.array(losses_of(sample)) - whole)
-    return np.array(rises)
+def losses_without(heads: list[tuple[int, int]]) -> np.ndarray:
+    """The losses of `losses_of` without these heads, in all worlds but the first: (worlds, 2)."""
+    with using(without(heads)):
+        return np.array([losses_of(sample) for sample in lists[1:]])
 
 
+whole = losses_without([])
+back_head = (int(back[0]), int(back[1]))
+singles = [(i, j) for i in range(config.num_hidden_layers) for j in range(config.num_attention_heads)]
+others = [head for head in singles if head not in copying and head != back_head]
+draw = np.random.default_rng(seed)
+control = [
+    [others[i] for i in draw.choice(len(others), size=min(len(copying), len(others)), replace=False)] for _ in range(8)
+]
 groups = {
-    f"all {len(copying)} copying heads": (copying, COLOURS.after),
-    f"head {back[1]} of layer {back[0]}, which looks one back": ([tuple(map(int, back))], COLOURS.other),
+    "copying": ([copying], f"the copying heads ({len(copying)})", COLOURS.after),
+    "back": ([[back_head]], f"head {back_head[1]} of layer {back_head[0]}, which looks one back", COLOURS.other),
+    "control": (control, f"{len(control[0])} others, mean of {len(control)} draws", COLOURS.before),
 }
 fig, ax = plt.subplots(figsize=(8, 4.4))
-singles = [(i, j) for i in range(config.num_hidden_layers) for j in range(config.num_attention_heads)]
 for head in singles:
-    rise = silenced([head]).mean(axis=0)
+    rise = (losses_without([head]) - whole).mean(axis=0)
     ax.plot(*rise, "o", ms=6, color=COLOURS.after if head in copying else COLOURS.before, alpha=0.7)
 rows = []
-for name, (heads, colour) in groups.items():
-    rise = silenced(heads)
+for short_name, (draws, name, colour) in groups.items():
+    rise = np.mean([losses_without(heads) for heads in draws], axis=0) - whole
     ax.plot(*rise.mean(axis=0), "D", ms=10, color=colour)
     direct_label(ax, *rise.mean(axis=0), name, colour, offset=(10, -4))
-    (once, *_), (again, again_low, again_high) = (mean_interval(part) for part in rise.T)
-    rows.append((name, once, again, again_low, again_high))
-    short_name = "silenced_copying" if heads is copying else "silenced_back"
-    label = f"rise of the loss on repeated tokens without {'the copying heads' if heads is copying else 'the one-back head'}"
+    (once, *_), (again, low, high) = (mean_interval(part) for part in rise.T)
+    rows.append((name, once, again, low, high))
+    label = f"rise of the loss on repeated tokens without {name}"
     card.record(
-        short_name, again, low=again_low, high=again_high, format=".1f", unit="nats", label=label, tolerance=1.5
+        f"silenced_{short_name}", again, low=low, high=high, format=".1f", unit="nats", label=label, tolerance=1.5
     )
-    if heads is copying:
+    if short_name == "copying":
         label = "the same, on the first occurrence of these tokens"
         card.record("silenced_copying_first", once, format=".1f", unit="nats", label=label, tolerance=1.5)
 ax.axline((0, 0), slope=1, color=COLOURS.truth, lw=1, ls="--")
 ax.axhline(0, color=COLOURS.truth, lw=0.8)
 ax.margins(x=0.35)
 ax.set(xlabel="rise of the loss at the first occurrence / nats", ylabel="rise of the loss at the second / nats")
-ax.set_title("What a silenced head costs (dots: one head; blue: copying)")
+ax.set_title("What silence costs (dot: one head, diamond: several; blue: copying)")
 plt.show()
 columns = ["silenced", "first occurrence (nats)", "second occurrence (nats)", "low", "high"]
 display(pd.DataFrame(rows, columns=columns).style.format(precision=2).hide(axis="index"))
 
 # %% [markdown]
-# Without the {{copying_heads}} copying heads the loss changes by {{silenced_copying}} nats ({{silenced_copying:interval}}, over the other worlds) where a token can be copied, and by {{silenced_copying_first}} nats where it cannot. That difference, not the map, is the evidence that they copy. The head that looks one back has another job (the left map above has its copying score), and its silence costs {{silenced_back}} nats there: in the account of Olsson et al. it writes into each position what came before it, which is what a copying head searches for. A single copying head (a small blue dot) costs less than all of them, since heads with one job can stand in for each other.
+# Without the copying heads (there are {{copying_heads}}) the loss changes by {{silenced_copying}} nats ({{silenced_copying:interval}}, over the other worlds) where a token can be copied, and by {{silenced_copying_first}} nats where it cannot. As many other heads, drawn at random, change it by {{silenced_control}} nats where it can be copied. These two gaps, not the map, are the evidence that the heads copy. A change below zero is no contradiction: a head that copies also votes where nothing repeats.
+#
+# The head that looks one back has another job (the left map above has its copying score), and its silence costs {{silenced_back}} nats at the second occurrence: in the account of Olsson et al. it writes into each position what came before it, which is what a copying head searches for. Compare the blue dots with the blue diamond: as far as single copying heads cost less than all of them together, they stand in for each other.
 #
 # So a map of attention says where a head looks, and an intervention what it is needed for. All this holds for lists of names in this model; and zero is not the only way to silence a head, a mean over other texts is another.
 
@@ -1692,6 +2009,7 @@ display(pd.DataFrame(rows, columns=columns).style.format(precision=2).hide(axis=
 # <details><summary>Hint 3</summary>Start with step = input_ids, mask = attention_mask, positions from the mask. In the loop: call the model with these and the cache; step = argmax over the vocabulary at the last position; keep step; mask with one more column of ones; positions = last column plus 1. Concatenate what you kept along dim 1.</details>
 
 # %% exercise="cached-decoding" difficulty=3 minutes=12
+predicted_saving = None
 ### BEGIN SOLUTION
 predicted_saving = 0.9
 ### END SOLUTION
@@ -1716,7 +2034,9 @@ def greedy(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, new_toke
 
 
 # %% check="cached-decoding" points=1
-assert isinstance(predicted_saving, (int, float)), f"Predict with a number: predicted_saving is {predicted_saving!r}"
+assert isinstance(predicted_saving, (int, float, np.number)), (
+    f"Predict with a number: predicted_saving is {predicted_saving!r}"
+)
 assert 0 <= predicted_saving <= 1, f"A share lies from 0 to 1 (a half is 0.5, not 50); yours is {predicted_saving}"
 
 
@@ -1977,25 +2297,27 @@ def next_token_flops(tokens: int, cached: bool) -> int:
 lengths = np.unique(np.geomspace(4, long, 9).astype(int))
 costs = {cached: np.array([next_token_flops(int(n), cached) for n in lengths]) for cached in (False, True)}
 scores_part = config.num_hidden_layers * 4 * config.num_attention_heads * config.head_dim * lengths / costs[True]
+saved_part = 1 - costs[True] / costs[False]
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9))
 for cached, name, colour in ((False, "reads all again", COLOURS.before), (True, "with a cache", COLOURS.after)):
     left.plot(lengths, costs[cached] / 1e6, "o-", ms=4, color=colour, label=name)
 left.set(xscale="log", yscale="log", xlabel="tokens so far", ylabel="MFLOPs for the next token")
 left.set_title("What the next token costs")
 label_lines(left)
-right.plot(lengths, 100 * scores_part, "o-", ms=4, color=COLOURS.other)
-right.set(xlabel="tokens so far", ylabel="scores and mixing / % of the step", title="What is left grows with the text")
-right.set_ylim(bottom=0)
-direct_label(
-    right, lengths[-1], 100 * scores_part[-1], f"{100 * scores_part[-1]:.0f} %", COLOURS.other, offset=(-34, -4)
-)
+right.plot(lengths, 100 * saved_part, "o-", ms=4, color=COLOURS.after, label="saved by the cache")
+right.plot(lengths, 100 * scores_part, "o-", ms=4, color=COLOURS.other, label="scores, of a cached step")
+right.set(xlabel="tokens so far", ylabel="share of the FLOPs / %", title="What is saved, and what is left")
+right.set_ylim(0, 104)
+label_lines(right)
 ticks = [n for n in (4, 16, 64, 256, long) if n <= long]
 left.set_xticks(ticks, [str(n) for n in ticks])
 left.minorticks_off()
 plt.show()
 
 # %% [markdown]
-# Your tokens agree with `generate`'s in {{agreement}} of the places. Without a cache the next token costs as much as reading the whole text; with one it costs a pass of one token, plus scores over all tokens so far. Over 96 tokens after 32 that saves {{cache_saving}} of the FLOPs, and the share grows with the text. FLOPs are not seconds: a cached step reads every weight and the whole cache for a little arithmetic, so on real hardware it waits for memory, which is why the *bytes* of the cache come next.
+# Your tokens agree with `generate`'s in {{agreement}} of the places. Without a cache the next token costs as much as reading the whole text; with one it costs a pass of one token, plus scores over all tokens so far. Over 96 tokens after 32 that saves {{cache_saving}} of the FLOPs, and the share saved grows with the text, as does the part of a cached step that goes into scores.
+#
+# FLOPs are not seconds. A cached step of one text reads every weight for 2 FLOPs each, in 16 bits 1 FLOP a byte, where accelerators do hundreds of FLOPs in the time of reading a byte. So it waits for memory, and the *bytes* of the cache come next.
 
 # %% [markdown]
 # ## Decide under a budget
@@ -2075,8 +2397,8 @@ print(f"with the full cache, {full}: {full_losses.mean():.3f} nats a token")
 # %% [markdown]
 # **Exercise (decide).** Two things.
 #
-# 1. `cache_bytes(config, plan, tokens)` returns the bytes of the cache of *one* text of `tokens` tokens under the plan, an `int`. The number of layers and the head width come from `config`, the number of heads from the plan. Below 16 bits each vector (of one key or one value) stores a scale of 16 bits as well. With 2 layers, head width 4 and `Plan(kv_heads=2, bits=16, window=10)`, 3 tokens take 192 bytes and 50 tokens 640; with `bits=8`, 3 tokens take 144. *About 4 lines.*
-# 2. Choose `plan`, a `Plan` for texts of `longest` = 200 tokens, whose cache takes at most **30 %** of the bytes of `full`, and with which the loss rises by at most **0.02 nats** a token in the mean over the worlds. `kv_heads` must divide `full.kv_heads`, `bits` is one of 32, 16, 8, 4, 2, `window` lies from 1 to `longest`. `full`, `loss_increase` and your `cache_bytes` are yours to use; say before you measure which of the three should give. *1 line.*
+# 1. `cache_bytes(config, plan, tokens)` returns the bytes of the cache of *one* text of `tokens` tokens under the plan, an `int`. The number of layers and the head width come from `config`, the number of heads from the plan. Below 16 bits each vector (of one key or one value) stores a scale of 16 bits as well. With 3 layers, head width 4 and `Plan(kv_heads=2, bits=16, window=10)`, 3 tokens take 288 bytes and 50 tokens 960; with `bits=8`, 3 tokens take 216. *About 4 lines.*
+# 2. Choose `plan`, a `Plan` for texts of `longest` = 200 tokens, whose cache takes at most **30 %** of the bytes of `full`, and with which the loss rises by at most **0.02 nats** a token in the mean over the worlds. `kv_heads` must divide `full.kv_heads`, `bits` is one of 32, 16, 8, 4, 2, `window` lies from 1 to `longest`. Say to yourself first which of the three should give; then measure with `loss_increase(plan).mean()` and your `cache_bytes`. Fewer bytes within the limit are better and earn no more points. *1 line.*
 #
 # <details><summary>Hint 1</summary>Which of the three is information that the model reads again, and which is precision beyond what it needs? A trained model has never seen averaged heads.</details>
 # <details><summary>Hint 2</summary>Bytes: 2 vectors times layers times heads times kept tokens, each vector head_dim times bits / 8 bytes, plus 2 for the scale. Kept tokens: the smaller of the text and the window.</details>
@@ -2100,19 +2422,23 @@ plan = full._replace(bits=8)
 
 # %% check="cache-budget" points=2
 four_heads = LlamaConfig(
-    vocab_size=9, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    vocab_size=9, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
 )
 got = cache_bytes(four_heads, Plan(kv_heads=2, bits=16, window=10), 3)
-assert got != 96, "Keys and values: two vectors for each token, head and layer"
-assert got != 384, "The cache holds key-value heads, not query heads: plan.kv_heads, here 2 of 4"
-assert got != 1536, "bits are not bytes: divide by 8"
-assert got == 192, f"2 x 2 layers x 2 heads x 3 tokens x 4 numbers x 2 bytes are 192; yours is {got}"
+assert isinstance(got, (int, np.integer)), f"Return whole bytes, an int; yours is {got!r}"
+assert got != 96, "That is one layer: each of the config's layers, here 3, has keys and values of its own"
+assert got != 144, "Keys and values: two vectors for each token, head and layer"
+assert got != 576, "The cache holds key-value heads, not query heads: plan.kv_heads, here 2 of 4"
+assert got != 2304, "bits are not bytes: divide by 8"
+assert got == 288, f"2 x 3 layers x 2 heads x 3 tokens x 4 numbers x 2 bytes are 288; yours is {got}"
+got = cache_bytes(four_heads, Plan(1, 16, 10), 3)
+assert got == 144, f"The number of heads is the plan's: half as many as the config's are 144 bytes; yours is {got}"
 got = cache_bytes(four_heads, Plan(2, 16, 10), 50)
-assert got != 3200, "A window drops what is older: of 50 tokens the last 10 are kept"
-assert got == 640, f"10 tokens of the 50 are kept, 640 bytes; yours is {got}"
+assert got != 4800, "A window drops what is older: of 50 tokens the last 10 are kept"
+assert got == 960, f"10 tokens of the 50 are kept, 960 bytes; yours is {got}"
 got = cache_bytes(four_heads, Plan(2, 8, 10), 3)
-assert got != 96, "The scales are missing: below 16 bits each vector stores one of 2 bytes, which makes 144, not 96"
-assert got == 144, f"24 vectors of 4 bytes with a scale of 2 bytes each are 144; yours is {got}"
+assert got != 144, "The scales are missing: below 16 bits each vector stores one of 2 bytes, which makes 216, not 144"
+assert got == 216, f"36 vectors of 4 bytes with a scale of 2 bytes each are 216; yours is {got}"
 cache = DynamicCache(config=four_heads)
 LlamaForCausalLM(four_heads)(input_ids=torch.tensor([[1, 2, 3, 4, 5]]), past_key_values=cache)
 real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -2196,6 +2522,25 @@ def cache_bytes(config, plan, tokens):
         * bits
         / 8
     )
+
+
+plan = full._replace(bits=8)
+
+
+# %% mistake="one layer" of="cache-budget" says="each of the config's layers"
+def cache_bytes(config, plan, tokens):
+    bits = plan.bits + 16 / config.head_dim * (plan.bits < 16)
+    return int(2 * plan.kv_heads * config.head_dim * min(tokens, plan.window) * bits / 8)
+
+
+plan = full._replace(bits=8)
+
+
+# %% mistake="the config's heads" of="cache-budget" says="The number of heads is the plan's"
+def cache_bytes(config, plan, tokens):
+    bits = plan.bits + 16 / config.head_dim * (plan.bits < 16)
+    heads = config.num_key_value_heads
+    return int(2 * config.num_hidden_layers * heads * config.head_dim * min(tokens, plan.window) * bits / 8)
 
 
 plan = full._replace(bits=8)
@@ -2296,30 +2641,39 @@ if families["fewer heads"][0]:
     card.record("increase_heads", value, low=low, high=high, format=".1f", unit="nats", label=label, tolerance=3)
 
 # %% [markdown]
-# Eight bits change the loss by at most {{increase_bits}} nats in any of the worlds. A quarter of the window costs {{increase_window}} nats ({{increase_window:interval}}), half of the key-value heads {{increase_heads}} nats. (The vertical axis is linear up to 0.01 and logarithmic above; the bars are 95 % intervals over worlds.) Numbers are rounded, and the difference disappears in sums. A dropped token is gone, and with it every name that had to be copied: these pages ask for what stood far above, and a text that never refers back loses less. Averaged heads mix what the model keeps apart.
+# Eight bits change the loss by at most {{increase_bits}} nats in any of the worlds. A quarter of the window costs {{increase_window}} nats ({{increase_window:interval}}), half of the key-value heads {{increase_heads}} nats. (The vertical axis is linear up to 0.01 and logarithmic above; the bars are 95 % intervals over worlds.) Numbers are rounded, and the difference disappears in sums. What lies beyond the window can be reached only through tokens that had seen it, one layer at a time: these pages ask for names that stood far above, and a text that never refers back loses less. Averaged heads mix what the model keeps apart.
 #
 # The last one is no verdict on grouped-query attention: models that are *trained* with few key-value heads do well, and one that was not needs further training after its heads are averaged (Ainslie et al., 2023, use 5 % of the original compute). Choose the number of heads before pretraining, bits and window when serving. Nor is the first one universal: large models have key channels of extreme size, which one scale a vector rounds badly, so that at few bits keys get a scale a channel (Liu et al., 2024).
 #
-# The same formula at the size of a model that is served, Llama 3 8B (32 layers, 32 query heads, 8 key-value heads of width 128), one conversation of 8,192 tokens:
+# Your two formulas at the size of a model that is served, Llama 3 8B: a GPU of 80 GiB that holds its weights in 16 bits, and as many conversations of 8,192 tokens as fit beside them.
 
 # %%
 llama_3 = LlamaConfig(
-    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=False,
 )
-rows = [
-    (what, heads, bits, cache_bytes(llama_3, Plan(heads, bits, 8192), 8192) / 2**30)
-    for what, heads, bits in (
-        ("a key-value head for each query head", 32, 16),
-        ("grouped, as it is", 8, 16),
-        ("grouped, 8 bits", 8, 8),
-        ("one key-value head", 1, 16),
-    )
-]
-table = pd.DataFrame(rows, columns=["cache", "key-value heads", "bits", "GiB a conversation"])
+weights = sum(count_parameters(llama_3).values())
+print(f"{weights:,d} parameters, {2 * weights / 2**30:.1f} GiB in 16 bits")
+rows = []
+for what, heads, bits in (
+    ("a key-value head for each query head", 32, 16),
+    ("grouped, as it is", 8, 16),
+    ("grouped, 8 bits", 8, 8),
+    ("one key-value head", 1, 16),
+):
+    one = cache_bytes(llama_3, Plan(heads, bits, 8192), 8192)
+    rows.append((what, heads, bits, one / 2**30, (80 * 2**30 - 2 * weights) // one))
+table = pd.DataFrame(rows, columns=["cache", "key-value heads", "bits", "GiB a conversation", "conversations that fit"])
 table.style.format({"GiB a conversation": "{:.2f}"}).hide(axis="index")
 
 # %% [markdown]
-# Its weights take 15 GiB in 16 bits. Without grouping, four conversations would take more than the weights.
+# So the cache, not the weights, sets the size of the batch. (Activations and the fragments of memory between the texts are left out.)
 
 # %% [markdown]
 # ## With a real model
@@ -2334,7 +2688,7 @@ table.style.format({"GiB a conversation": "{:.2f}"}).hide(axis="index")
 # - **Sums.** On a GPU, batches and kernels change the order of additions: compare logits within a tolerance, and expect a greedy text to part from another one at a near tie.
 # - **FLOPs.** The shares move: the wider a model, the less its embeddings and scores weigh in a text of the same length. On a GPU the fused kernels are in the counter's table.
 # - **Heads.** Olsson et al. (2022) find copying heads in models of up to 13 billion parameters; their layers differ. An untrained model has none: then the scores are those of an even spread.
-# - **The budget.** If 8 bits with a scale a vector break your model's limit, look at the largest key channels.
+# - **The budget.** If 8 bits with a scale a vector break your model's limit, look at the largest key channels. A window can cost far more than here: large models put much of their attention on the very first tokens, and break when these are dropped (Xiao et al., 2023).
 
 # %% [markdown]
 # ## Result card
@@ -2374,4 +2728,5 @@ card.show()
 # - Catherine Olsson et al., [In-context Learning and Induction Heads](https://arxiv.org/abs/2209.11895), 2022.
 # - Jared Kaplan et al., [Scaling Laws for Neural Language Models](https://arxiv.org/abs/2001.08361), 2020. Table 1 counts parameters and FLOPs.
 # - Zirui Liu et al., [KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache](https://arxiv.org/abs/2402.02750), 2024.
+# - Guangxuan Xiao et al., [Efficient Streaming Language Models with Attention Sinks](https://arxiv.org/abs/2309.17453), 2023.
 # - Reiner Pope et al., [Efficiently Scaling Transformer Inference](https://arxiv.org/abs/2211.05102), 2022. What decoding waits for.
