@@ -1580,7 +1580,7 @@ card.record("parity_error", max(matched.values()), format=".0e", label=label, to
 card.record("logit_error", logit_error, format=".0e", label="your whole Llama's logits, the same", tolerance=1e-5)
 
 # %% [markdown]
-# The parts agree to {{parity_error}}, the logits of the whole model to {{logit_error}}. That is rounding: float32 keeps 24 bits, an error of up to 6e-8 of a number, and sums are taken in another order. From here on the lesson uses the library.
+# The parts agree to {{parity_error}}, the logits of the whole model to {{logit_error}}. That is rounding: float32 keeps 24 bits, an error of up to 6e-8 of a number, and sums are taken in another order. Your RoPE may be a digit worse and still right: a speed that is computed in another way is rounded in another way, and a position of 200 multiplies the difference. From here on the lesson uses the library.
 
 # %% [markdown]
 # ## The loss, and its shift
@@ -1611,9 +1611,12 @@ def two_texts(first: str, second: str) -> tuple[Tensor, Tensor, Tensor]:
 
 batch_logits, batch_labels, library_loss = two_texts(pages[0][0], worlds[0].passages()[20].text)
 print(f"the model's own loss {library_loss:.4f}, the broken one {broken_loss(batch_logits, batch_labels):.4f} nats")
+print(f"an even guess over the {config.vocab_size:,d} tokens costs {np.log(config.vocab_size):.4f} nats")
 
 # %% [markdown]
-# **Exercise (find and fix).** Write `next_token_loss(logits, labels)`: `logits` `(b, t, V)`, `labels` `(b, t)`, unshifted, −100 where a target does not count. It returns a tensor of shape `()` in float32, in nats, equal to the loss of `transformers`; the labels stay as they are. Logits in half precision are turned into float32 first. At least one target counts. With `logits = [[[0., log 3], [5., 0.]]]` and `labels = [[0, 1]]` it is $-\log \frac{3}{4} = 0.2877$: one target, the token 1, guessed at position 0. *About 3 lines.*
+# A pretrained model whose loss is above $\log V$, the price of an even guess, is rarely facing a hard text: look at the labels first.
+#
+# **Exercise (find and fix).** Write `next_token_loss(logits, labels)`: `logits` `(b, t, V)`, `labels` `(b, t)`, unshifted, −100 where a target does not count. It returns a tensor of shape `()` in float32, in nats, equal to the loss of `transformers` and differentiable as it is; the labels stay as they are. Logits in half precision are turned into float32 first. At least one target counts. With `logits = [[[0., log 3], [5., 0.]]]` and `labels = [[0, 1]]` it is $-\log \frac{3}{4} = 0.2877$: one target, the token 1, guessed at position 0. *About 3 lines.*
 #
 # <details><summary>Hint 1</summary>A text of t tokens has t − 1 targets. Which logits have no target, and which label is never guessed? And: is a token of a short text worth more than one of a long text?</details>
 # <details><summary>Hint 2</summary>Drop the last position of the logits and the first of the labels. Then one mean over everything that counts, rather than a mean of means. <code>nn.functional.cross_entropy</code> has <code>ignore_index</code>.</details>
@@ -1635,6 +1638,9 @@ certain[0, [0, 1, 2], [3, 1, 4]] = 20.0  # sure of the tokens 3, 1, 4 as the nex
 certain[0, 3, 0] = 20.0
 got = next_token_loss(certain, torch.tensor([[2, 3, 1, 4]]))
 assert isinstance(got, Tensor), f"Return a tensor, which can be differentiated; yours is a {type(got).__name__}"
+assert next_token_loss(certain.clone().requires_grad_(), torch.tensor([[2, 3, 1, 4]])).requires_grad, (
+    "No gradient comes back: a loss is trained on, so neither detach nor no_grad"
+)
 assert got.shape == (), f"The loss is one number, a tensor of shape (); yours is {tuple(got.shape)}"
 assert next_token_loss(certain, torch.tensor([[3, 1, 4, 0]])) > 1, (
     "Your loss is zero for a model that repeats the token it has just read: shift, so that position i guesses i + 1"
@@ -1744,6 +1750,11 @@ def next_token_loss(logits, labels):
     targets[~counts] = 0
     log_p = logits[:, :-1].float().log_softmax(-1)
     return -log_p.gather(-1, targets[..., None])[..., 0][counts].mean()
+
+
+# %% mistake="detaches the logits" of="next-token-loss" says="No gradient comes back"
+def next_token_loss(logits, labels):
+    return nn.functional.cross_entropy(logits.detach()[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
 
 
 # %% mistake="returns a Python number" of="next-token-loss" says="Return a tensor"
@@ -1957,6 +1968,9 @@ fig, ax = plt.subplots(figsize=(8, 4.4))
 for head in singles:
     rise = (losses_without([head]) - whole).mean(axis=0)
     ax.plot(*rise, "o", ms=6, color=COLOURS.after if head in copying else COLOURS.before, alpha=0.7)
+costly = max(others, key=lambda head: (losses_without([head]) - whole)[:, 1].mean())
+place = (losses_without([costly]) - whole).mean(axis=0)
+direct_label(ax, *place, f"head {costly[1]} of layer {costly[0]}", COLOURS.before, offset=(8, -4))
 rows = []
 for short_name, (draws, name, colour) in groups.items():
     rise = np.mean([losses_without(heads) for heads in draws], axis=0) - whole
@@ -1981,9 +1995,9 @@ columns = ["silenced", "first occurrence (nats)", "second occurrence (nats)", "l
 display(pd.DataFrame(rows, columns=columns).style.format(precision=2).hide(axis="index"))
 
 # %% [markdown]
-# Without the copying heads (there are {{copying_heads}}) the loss changes by {{silenced_copying}} nats ({{silenced_copying:interval}}, over the other worlds) where a token can be copied, and by {{silenced_copying_first}} nats where it cannot. As many other heads, drawn at random, change it by {{silenced_control}} nats where it can be copied. These two gaps, not the map, are the evidence that the heads copy. A change below zero is no contradiction: a head that copies also votes where nothing repeats.
+# Without the copying heads (there are {{copying_heads}}) the loss changes by {{silenced_copying}} nats ({{silenced_copying:interval}}, over the other worlds) where a token can be copied, and by {{silenced_copying_first}} nats where it cannot. As many other heads, the mean of eight random draws, change it by {{silenced_control}} nats where it can be copied. Compare the three: the wider these gaps, the stronger the evidence that the heads copy; a map alone is none. (A change below zero is no contradiction: a head that copies also votes where nothing repeats.)
 #
-# The head that looks one back has another job (the left map above has its copying score), and its silence costs {{silenced_back}} nats at the second occurrence: in the account of Olsson et al. it writes into each position what came before it, which is what a copying head searches for. Compare the blue dots with the blue diamond: as far as single copying heads cost less than all of them together, they stand in for each other.
+# The head that looks one back has another job (the left map above has its copying score), and its silence costs {{silenced_back}} nats at the second occurrence: in the account of Olsson et al. it writes into each position what came before it, which is what a copying head searches for. As far as single copying heads (blue dots) cost less than all of them (blue diamond), they stand in for each other. The grey dot with a label is the costliest of the remaining heads: look it up in both maps. Where they show nothing, its part in copying is one that neither score asks about, and a search by score would have missed it.
 #
 # So a map of attention says where a head looks, and an intervention what it is needed for. All this holds for lists of names in this model; and zero is not the only way to silence a head, a mean over other texts is another.
 
@@ -2002,7 +2016,7 @@ display(pd.DataFrame(rows, columns=columns).style.format(precision=2).hide(axis=
 # **Exercise.** Two things.
 #
 # 1. *Predict:* the model reads 32 tokens and writes 96. Which share of the FLOPs does the cache save, compared with reading the whole text again for each new token? `predicted_saving` is a share from 0 to 1.
-# 2. `greedy(model, input_ids, attention_mask, new_tokens)` writes the most likely token `new_tokens` (at least 1) times and returns the new tokens alone, `(b, new_tokens)`. `input_ids` and `attention_mask` are `(b, t)`, padded on the left. It does not stop at an end token. It works for every causal model of `transformers`: call `model(input_ids=…, attention_mask=…, position_ids=…, past_key_values=cache, use_cache=True)` with `cache = DynamicCache(config=model.config)`, which the model fills; the logits are in `.logits`. After the prompt, each call gets one token a row. The result equals `model.generate`'s. *About 12 lines.*
+# 2. `greedy(model, input_ids, attention_mask, new_tokens)` writes the most likely token `new_tokens` (at least 1) times and returns the new tokens alone, `(b, new_tokens)`. `input_ids` and `attention_mask` are `(b, t)`, padded on the left. It does not stop at an end token. Write the loop yourself, without `generate`; it works for every causal model of `transformers`: call `model(input_ids=…, attention_mask=…, position_ids=…, past_key_values=cache, use_cache=True)` with `cache = DynamicCache(config=model.config)`, which the model fills; the logits are in `.logits`. After the prompt, each call gets one token a row. The result equals `model.generate`'s. *About 12 lines.*
 #
 # <details><summary>Hint 1</summary>What changes from one pass to the next: which ids go in, how long is the mask, where does the new token stand?</details>
 # <details><summary>Hint 2</summary>Positions of the prompt: the cumulative sum of the mask along the row, minus 1, not below 0. The next one is the last one plus 1. The mask grows by a column of ones. The next token is the argmax of <code>logits[:, -1:]</code>, (b, 1), which is also the next input.</details>
@@ -2061,20 +2075,27 @@ def watched_greedy(model: nn.Module, ids: Tensor, mask: Tensor, new_tokens: int)
         hook.remove()
 
 
+def no_generate(*args: Any, **kwargs: Any) -> Tensor:
+    raise AssertionError("Write the loop yourself: your function calls generate, which it is to be compared with")
+
+
 for rows_of_text, prompt_length, to_write in ((1, 5, 6), (3, 4, 5)):
     small_model = tiny("llama", rows_of_text)
     prompt = torch.randint(1, 40, (rows_of_text, prompt_length))
+    want = small_model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=to_write, do_sample=False
+    )
+    small_model.config.eos_token_id = small_model.generation_config.eos_token_id = int(want[0, prompt_length])
+    small_model.generate = no_generate
     got, tokens_passed = watched_greedy(small_model, prompt, torch.ones_like(prompt), to_write)
     assert got.shape == (rows_of_text, to_write), (
-        f"Return the new tokens alone, (b, new_tokens) = {(rows_of_text, to_write)}; yours is {tuple(got.shape)}"
+        f"Return the new tokens alone, (b, new_tokens) = {(rows_of_text, to_write)}, and do not stop at an end token; "
+        f"yours is {tuple(got.shape)}"
     )
     needed = rows_of_text * (prompt_length + to_write)
     assert tokens_passed <= needed, (
         f"You passed {tokens_passed} tokens through the model where {needed} are enough: after the prompt, "
         "each call gets the new token alone; the cache knows the rest"
-    )
-    want = small_model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=to_write, do_sample=False
     )
     assert torch.equal(got, want[:, prompt_length:]), (
         "Your tokens differ from generate's: take the argmax at the last position, feed it back, "
@@ -2101,7 +2122,8 @@ def padded_batch(seed: int, padding: list[int], length: int) -> tuple[Tensor, Te
 for kind, message in (
     (
         "llama",
-        "The rows with padding differ from generate's: pass the mask in every call, one column of ones longer each",
+        "The rows with padding differ from generate's: pass the mask in every call, one column of ones longer each, and "
+        "let each row's positions go on from its own last one",
     ),
     (
         "gpt2",
@@ -2146,7 +2168,60 @@ predicted_saving = 0.9
 
 @torch.no_grad()
 def greedy(model, input_ids, attention_mask, new_tokens):
-    return model.generate(input_ids, attention_mask=attention_mask, max_new_tokens=new_tokens, do_sample=False)
+    cache, step, mask, written = DynamicCache(config=model.config), input_ids, attention_mask, [input_ids]
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    for _ in range(new_tokens):
+        logits = model(input_ids=step, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        step = logits[:, -1:].argmax(-1)
+        written.append(step)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        positions = positions[:, -1:] + 1
+    return torch.cat(written, 1)
+
+
+# %% mistake="calls generate" of="cached-decoding" says="Write the loop yourself"
+predicted_saving = 0.9
+
+
+def greedy(model, input_ids, attention_mask, new_tokens):
+    written = model.generate(input_ids, attention_mask=attention_mask, max_new_tokens=new_tokens, do_sample=False)
+    return written[:, input_ids.shape[1] :]
+
+
+# %% mistake="stops at an end token" of="cached-decoding" says="do not stop at an end token"
+predicted_saving = 0.9
+
+
+@torch.no_grad()
+def greedy(model, input_ids, attention_mask, new_tokens):
+    cache, step, mask, written = DynamicCache(config=model.config), input_ids, attention_mask, []
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    for _ in range(new_tokens):
+        logits = model(input_ids=step, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        step = logits[:, -1:].argmax(-1)
+        written.append(step)
+        if step[0].item() == model.config.eos_token_id:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        positions = positions[:, -1:] + 1
+    return torch.cat(written, 1)
+
+
+# %% mistake="positions from the length of the mask" of="cached-decoding" says="go on from its own last one"
+predicted_saving = 0.9
+
+
+@torch.no_grad()
+def greedy(model, input_ids, attention_mask, new_tokens):
+    cache, step, mask, written = DynamicCache(config=model.config), input_ids, attention_mask, []
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    for _ in range(new_tokens):
+        logits = model(input_ids=step, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        step = logits[:, -1:].argmax(-1)
+        written.append(step)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        positions = torch.full_like(step, mask.shape[1] - 1)
+    return torch.cat(written, 1)
 
 
 # %% mistake="the position stands still" of="cached-decoding" says="let its position be one more"
