@@ -1954,7 +1954,8 @@ def losses_without(heads: list[tuple[int, int]]) -> np.ndarray:
 whole = losses_without([])
 back_head = (int(back[0]), int(back[1]))
 singles = [(i, j) for i in range(config.num_hidden_layers) for j in range(config.num_attention_heads)]
-others = [head for head in singles if head not in copying and head != back_head]
+alone = {head: losses_without([head]) - whole for head in singles}
+others = [head for head in singles if head not in copying and head != back_head] or singles
 draw = np.random.default_rng(seed)
 control = [
     [others[i] for i in draw.choice(len(others), size=min(len(copying), len(others)), replace=False)] for _ in range(8)
@@ -1966,11 +1967,9 @@ groups = {
 }
 fig, ax = plt.subplots(figsize=(8, 4.4))
 for head in singles:
-    rise = (losses_without([head]) - whole).mean(axis=0)
-    ax.plot(*rise, "o", ms=6, color=COLOURS.after if head in copying else COLOURS.before, alpha=0.7)
-costly = max(others, key=lambda head: (losses_without([head]) - whole)[:, 1].mean())
-place = (losses_without([costly]) - whole).mean(axis=0)
-direct_label(ax, *place, f"head {costly[1]} of layer {costly[0]}", COLOURS.before, offset=(8, -4))
+    ax.plot(*alone[head].mean(axis=0), "o", ms=6, color=COLOURS.after if head in copying else COLOURS.before, alpha=0.7)
+costly = max(others, key=lambda head: alone[head][:, 1].mean())
+direct_label(ax, *alone[costly].mean(axis=0), f"head {costly[1]} of layer {costly[0]}", COLOURS.before, offset=(8, -4))
 rows = []
 for short_name, (draws, name, colour) in groups.items():
     rise = np.mean([losses_without(heads) for heads in draws], axis=0) - whole
@@ -1997,7 +1996,7 @@ display(pd.DataFrame(rows, columns=columns).style.format(precision=2).hide(axis=
 # %% [markdown]
 # Without the copying heads (there are {{copying_heads}}) the loss changes by {{silenced_copying}} nats ({{silenced_copying:interval}}, over the other worlds) where a token can be copied, and by {{silenced_copying_first}} nats where it cannot. As many other heads, the mean of eight random draws, change it by {{silenced_control}} nats where it can be copied. Compare the three: the wider these gaps, the stronger the evidence that the heads copy; a map alone is none. (A change below zero is no contradiction: a head that copies also votes where nothing repeats.)
 #
-# The head that looks one back has another job (the left map above has its copying score), and its silence costs {{silenced_back}} nats at the second occurrence: in the account of Olsson et al. it writes into each position what came before it, which is what a copying head searches for. As far as single copying heads (blue dots) cost less than all of them (blue diamond), they stand in for each other. The grey dot with a label is the costliest of the remaining heads: look it up in both maps. Where they show nothing, its part in copying is one that neither score asks about, and a search by score would have missed it.
+# The head that looks one back has another job (the left map above has its copying score), and its silence costs {{silenced_back}} nats at the second occurrence: in the account of Olsson et al. it writes into each position what came before it, which is what a copying head searches for. As far as single copying heads (blue dots) cost less than all of them (blue diamond), they stand in for each other. The grey dot with a label is the costliest of the remaining heads: look it up in both maps. If they show nothing, it does something here that neither score asks about, and a search by score would have missed it.
 #
 # So a map of attention says where a head looks, and an intervention what it is needed for. All this holds for lists of names in this model; and zero is not the only way to silence a head, a mean over other texts is another.
 
@@ -2716,7 +2715,7 @@ if families["fewer heads"][0]:
     card.record("increase_heads", value, low=low, high=high, format=".1f", unit="nats", label=label, tolerance=3)
 
 # %% [markdown]
-# Eight bits change the loss by at most {{increase_bits}} nats in any of the worlds. A quarter of the window costs {{increase_window}} nats ({{increase_window:interval}}), half of the key-value heads {{increase_heads}} nats. (The vertical axis is linear up to 0.01 and logarithmic above; the bars are 95 % intervals over worlds.) Numbers are rounded, and the difference disappears in sums. What lies beyond the window can be reached only through tokens that had seen it, one layer at a time: these pages ask for names that stood far above, and a text that never refers back loses less. Averaged heads mix what the model keeps apart.
+# Eight bits change the loss by at most {{increase_bits}} nats in any of the worlds. A quarter of the window costs {{increase_window}} nats ({{increase_window:interval}}), half of the key-value heads {{increase_heads}} nats. (The vertical axis is linear up to 0.01 and logarithmic above; the bars are 95 % intervals over worlds.) Rounding errors are small and of either sign, so sums average them out. What lies beyond the window can be reached only through tokens that had seen it, one layer at a time: these pages ask for names that stood far above, and a text that never refers back loses less. Averaged heads mix what the model keeps apart.
 #
 # The last one is no verdict on grouped-query attention: models that are *trained* with few key-value heads do well, and one that was not needs further training after its heads are averaged (Ainslie et al., 2023, use 5 % of the original compute). Choose the number of heads before pretraining, bits and window when serving. Nor is the first one universal: large models have key channels of extreme size, which one scale a vector rounds badly, so that at few bits keys get a scale a channel (Liu et al., 2024).
 #
