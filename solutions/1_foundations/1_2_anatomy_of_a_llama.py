@@ -2496,13 +2496,20 @@ plan = full._replace(bits=8)
 
 # %% check="cache-budget" points=2
 four_heads = LlamaConfig(
-    vocab_size=9, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    vocab_size=9,
+    hidden_size=12,
+    intermediate_size=8,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
 )
 got = cache_bytes(four_heads, Plan(kv_heads=2, bits=16, window=10), 3)
 assert isinstance(got, (int, np.integer)), f"Return whole bytes, an int; yours is {got!r}"
 assert got != 96, "That is one layer: each of the config's layers, here 3, has keys and values of its own"
 assert got != 144, "Keys and values: two vectors for each token, head and layer"
 assert got != 576, "The cache holds key-value heads, not query heads: plan.kv_heads, here 2 of 4"
+assert got != 216, "A vector is config.head_dim wide, here 4, which need not be hidden_size / heads"
 assert got != 2304, "bits are not bytes: divide by 8"
 assert got == 288, f"2 x 3 layers x 2 heads x 3 tokens x 4 numbers x 2 bytes are 288; yours is {got}"
 got = cache_bytes(four_heads, Plan(1, 16, 10), 3)
@@ -2605,6 +2612,16 @@ plan = full._replace(bits=8)
 def cache_bytes(config, plan, tokens):
     bits = plan.bits + 16 / config.head_dim * (plan.bits < 16)
     return int(2 * plan.kv_heads * config.head_dim * min(tokens, plan.window) * bits / 8)
+
+
+plan = full._replace(bits=8)
+
+
+# %% mistake="divides the width of the model" of="cache-budget" says="A vector is config.head_dim wide"
+def cache_bytes(config, plan, tokens):
+    d_h = config.hidden_size // config.num_attention_heads
+    bits = plan.bits + 16 / d_h * (plan.bits < 16)
+    return int(2 * config.num_hidden_layers * plan.kv_heads * d_h * min(tokens, plan.window) * bits / 8)
 
 
 plan = full._replace(bits=8)
