@@ -3,7 +3,7 @@
 #
 # You will be able to train a BPE tokenizer whose merges equal the library's, turn conversations into token ids and a label mask that are right to the token, and write the test that catches the template bug which raises no error.
 #
-# **You will measure.** A token holds {{bytes_company}} bytes of the texts the tokenizer was trained on, {{bytes_port}} of a neighbouring domain and {{bytes_python}} of Python code. A model finetuned for ticket triage answers {{em_right}} of tickets right ({{em_right:interval}}); with one newline missing in the prompt {{em_no_newline}}, with one blank too many {{em_blank}}, with the start token doubled {{em_two_starts}}. Trained on the prompt's tokens as well as the answer's, it reaches {{em_whole}}.
+# **You will measure.** A token holds {{bytes_company}} bytes of the domain that the tokenizer was trained on, {{bytes_port}} of a neighbouring domain and {{bytes_python}} of Python code. A model finetuned for ticket triage answers {{em_right}} of tickets right ({{em_right:interval}}); with one newline missing in the prompt {{em_no_newline}}, with one blank too many {{em_blank}}. Trained without a label on the end token it reaches {{em_no_end}}, with labels on the prompt as well {{em_whole}}.
 #
 # **You need.** Lesson 1.1 (seeds, intervals); that a language model predicts the next token, and what its loss is.
 #
@@ -12,7 +12,7 @@
 # %% [markdown]
 # ## Why it matters at work
 #
-# Between your text and the model stand a tokenizer and a chat template. What they get wrong costs quality and raises no error: the weights load, the answers are fluent, and a part of them is worse.
+# Between your text and the model stand a tokenizer and a chat template. What they get wrong costs quality and raises no error: the weights load, the answers are fluent, and some of them are worse.
 #
 # You are asked for it when a finetuned model "is worse in production than in the notebook", when the bill for a second language is twice the first one's, and when a user types `<|im_end|>` into a form. In interviews: "Write BPE", "which tokens get a label?", and "how do you know that training and serving build the same prompt?"
 
@@ -36,7 +36,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from html import escape
 from itertools import pairwise
@@ -46,6 +46,7 @@ import jinja2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from IPython.display import HTML, display
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,7 @@ from labkit import base_model, triage
 from labkit.plots import COLOURS, direct_label, intervals, label_lines, use_house_style
 from labkit.predict import compare
 from labkit.results import ResultCard
-from labkit.world import LESSON_SEEDS, Message, World
+from labkit.world import LESSON_SEEDS, Message, Ticket, World
 
 use_house_style()
 card = ResultCard("1_3_tokens_and_chat_templates")
@@ -123,6 +124,9 @@ assert got == ["xa", "b", "ab", "ab"], f'This must become ["xa", "b", "ab", "ab"
 given = ["a", "b"]
 merge_pair(given, ("a", "b"))
 assert given == ["a", "b"], "You changed the list that was passed in: build a new one"
+assert merge_pair(given, ("x", "y")) is not given, (
+    "Return a new list also where nothing is joined, not the one passed in"
+)
 ### BEGIN HIDDEN TESTS
 assert merge_pair([], ("a", "b")) == [], "No symbols stay no symbols"
 assert merge_pair(["a"], ("a", "a")) == ["a"], "One symbol has no neighbour: it stays"
@@ -192,6 +196,18 @@ def merge_pair(symbols, pair):
     return symbols
 
 
+# %% mistake="hands back the list where nothing is joined" of="merge-pair" says="also where nothing is joined"
+def merge_pair(symbols, pair):
+    if pair not in pairwise(symbols):
+        return symbols
+    joined = []
+    while symbols:
+        width = 2 if tuple(symbols[:2]) == pair else 1
+        joined.append("".join(symbols[:width]))
+        symbols = symbols[width:]
+    return joined
+
+
 # %% alternative="a regular expression between separators" of="merge-pair"
 def merge_pair(symbols, pair):
     text = "\0" + "\0\0".join(symbols) + "\0"
@@ -203,12 +219,12 @@ def merge_pair(symbols, pair):
 # %% [markdown]
 # ## Train it, and match the library
 #
-# Training repeats one step: count all pairs of neighbouring symbols, take the most frequent, merge it everywhere. That sentence leaves one thing open, and implementations differ in it: **which pair wins a tie?** The rarer the pairs get, the more of them share a count, and each choice changes the counts that follow. `tokenizers` numbers its symbols and takes the pair with the smallest numbers (`tokenizers/src/models/bpe/trainer.rs`: greater count first, then the smaller pair of numbers). With the same rule you get the same tokenizer; with another rule another one, and a model works only with the one that it was trained with.
+# Training repeats one step: count all pairs of neighbouring symbols, take the most frequent, merge it everywhere. That sentence leaves one thing open, and implementations differ in it: **which pair wins a tie?** The rarer the pairs get, the more of them share a count, and each choice changes the counts that follow. `tokenizers` numbers its symbols and takes the pair with the smallest numbers (`tokenizers/src/models/bpe/trainer.rs`: greater count first, then the smaller pair of numbers). With the same rule you get the same tokenizer; with another rule another one, and a model works only with the one that it was trained with. (Here a word is a piece of the pre-tokeniser; it holds no blank, since that is written `Ġ`, so blanks can separate words for the library.)
 
 
 # %%
 def library_merges(words: dict[str, int], count: int) -> list[tuple[str, str]]:
-    """The first `count` merges that the library `tokenizers` learns from words and how often each occurs."""
+    """The first `count` merges that `tokenizers` learns from words (without blanks) and how often each occurs."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     trainer = trainers.BpeTrainer(vocab_size=len(set().union(*words)) + count, show_progress=False)
@@ -425,26 +441,30 @@ def train_bpe(words, count):
 # %% [markdown]
 # **Match.** Your trainer and the library's, on the handbooks of three companies; then your merges, applied in order, against the library's tokens on a fourth company that neither has seen.
 
+
 # %%
+def from_the_end(words: dict[str, int], count: int) -> list[tuple[str, str]]:
+    """The library's merges with characters numbered from the end of the alphabet: trained on mirrored words."""
+    letters = sorted(set().union(*words))
+    mirror = str.maketrans("".join(letters), "".join(reversed(letters)))
+    found = library_merges({word.translate(mirror): times for word, times in words.items()}, count)
+    return [(left.translate(mirror), right.translate(mirror)) for left, right in found]
+
+
 equal, lost = 0, []
 for world in range(3):
     words = pieces(handbook(world))
     mine, theirs = train_bpe(words, merges), library_merges(words, merges)
     equal += sum(one == other for one, other in zip(mine, theirs, strict=True))
-    # Another tie rule, by the same library: train on an alphabet in reversed order, and translate back.
-    letters = sorted(set().union(*words))
-    there, back = (dict(zip(*pair, strict=True)) for pair in ((letters, letters[::-1]), (letters[::-1], letters)))
-    mirrored = {"".join(map(there.get, word)): times for word, times in words.items()}
-    others = {"".join(map(back.get, left + right)) for left, right in library_merges(mirrored, merges)}
-    lost.append(len({left + right for left, right in theirs} - others))
+    lost.append(len({*map("".join, theirs)} - {*map("".join, from_the_end(words, merges))}))
     print(f"company {world}: {len(words)} different pieces; the last merge is {mine[-1]}; all equal: {mine == theirs}")
 card.record("merges_equal", equal, format="d", label=f"merges equal to the library's, of {3 * merges}")
-print(f"tokens that another tie rule would not make, of {merges}: {lost}")
+print(f"tokens that other ties would not make, of {merges}: {lost}")
 card.record(
     "tie_tokens",
     np.mean(lost),
     format=".0f",
-    label=f"tokens of {merges} that another tie rule would not make",
+    label=f"tokens of {merges} that other ties would not make",
     tolerance=5,
 )
 
@@ -467,12 +487,12 @@ for piece in unseen:
 print(f"pieces of a fourth company tokenised alike: {agree} of {len(unseen)}; the last one is {piece!r} -> {symbols}")
 
 # %% [markdown]
-# With ties broken the other way round, {{tie_tokens}} of 200 tokens would be others. And the order of the merges is part of the tokenizer: the first $k$ of them are a tokenizer with $256 + k$ tokens, which the next section uses.
+# Of your 600 merges {{merges_equal}} equal the library's, each at its place. Number the characters from the other end of the alphabet, so that ties fall differently, and {{tie_tokens}} of 200 tokens are others (mean of the three companies). The order of the merges is part of the tokenizer: the first $k$ of them are a tokenizer with $256 + k$ tokens, which the next section uses.
 
 # %% [markdown]
 # ## What a token is worth elsewhere
 #
-# The library trains a larger tokenizer on the handbooks of twenty companies. Since its first $k$ merges are a tokenizer too, one training gives all vocabulary sizes $V$. You measure each on text that it has not seen: another company, a *port* (other entities and phrases, the same English), and Python code (`argparse` from the standard library). The measure is bytes a token, total bytes over total tokens. Bytes, not characters: a character can be four bytes, and a token can be a part of one.
+# The library trains a larger tokenizer on the handbooks of twenty companies. Since its first $k$ merges are a tokenizer too, one training gives all vocabulary sizes $V$. You measure each on text that it has not seen: another company, a *port* (other entities and phrases, the same English), and Python code (`argparse` from the standard library). The measure is bytes a token, total bytes over total tokens. All three texts are ASCII, where a byte is a character; elsewhere a character can be four bytes, and a token a part of one.
 
 # %%
 corpus = pieces([text for world in range(20) for text in handbook(world)])
@@ -481,13 +501,13 @@ samples = {
     "port": pieces(handbook(100, "port")),
     "Python code": pieces([inspect.getsource(argparse)]),
 }
-byte_table = Tokenizer(models.BPE())
-byte_table.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-byte_table.train_from_iterator(
+large = Tokenizer(models.BPE())
+large.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+large.train_from_iterator(
     [" ".join([piece] * times) for piece, times in corpus.items()],
     trainers.BpeTrainer(vocab_size=3328, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
 )
-all_merges = [(left, right) for left, right in json.loads(byte_table.to_str())["model"]["merges"]]
+all_merges = [(left, right) for left, right in json.loads(large.to_str())["model"]["merges"]]
 print(f"{len(all_merges)} merges: BPE stops by itself when every piece of the corpus is one token")
 
 
@@ -524,7 +544,7 @@ for key, name in (("company", "company"), ("port", "port"), ("python", "Python c
     card.record(f"bytes_{key}", value, format=".2f", label=f"bytes a token, {name}, 2,048 tokens", tolerance=0.05)
 
 # %% [markdown]
-# At 2,048 tokens, a token holds {{bytes_company}} bytes of another company's handbook, {{bytes_port}} of a port's and {{bytes_python}} of Python. The curves start together at 1, where every token is a byte, and what opens between them is what the merges know about a domain. The figure says nothing about quality: more bytes a token is not a better model, only a shorter sequence.
+# At 2,048 tokens, a token holds {{bytes_company}} bytes of another company's handbook, {{bytes_port}} of a port's and {{bytes_python}} of Python. The curves start together at 1, where every token is a byte; the gap between them is what the merges know of one domain and not of the other. The figure says nothing about quality: more bytes a token is not a better model, only a shorter sequence.
 #
 # Across languages, bytes mislead as well, since scripts differ in bytes a character. Compare the tokens that the *same sentence* costs (Petrov et al., 2023). A user pays them in money, in latency and in context.
 
@@ -549,6 +569,9 @@ card.record(
     tolerance=0.3,
 )
 display(premium.style.format({"tokens / English": "{:.1f}"}).hide(axis="index"))
+
+# %% [markdown]
+# The Greek sentence costs {{premium_greek}} times the tokens of the English one, which says the same in about as many characters. Nothing of it is in the merges, so it falls apart into bytes, two a letter.
 
 # %% [markdown]
 # ## There and back
@@ -596,7 +619,7 @@ print([lossless("the ship"), *(pipeline("the ship") for pipeline in broken_pipel
 #
 # **Exercise (write the test).** `probes` is a list of texts for a round-trip test: a pipeline fails it when it changes at least one probe.
 #
-# - Every kind of loss in the table is caught: the five pipelines above, and hidden ones for the rows (and for each of the things named within a row) that are not above.
+# - Every kind of loss in the table is caught: the five pipelines above and close relatives of them; and hidden ones that apply NFC, apply NFD, strip the start, strip the end, take away one blank at the start, make one blank of several, replace tabs, and replace `\r\n`.
 # - No false alarm: `lossless` changes none of them. So each probe is valid Unicode, that is, `probe.encode()` raises no error.
 # - At most 12 probes of at most 40 characters.
 #
@@ -646,6 +669,7 @@ _hidden = {
     "writes accents as one code point (NFC)": lambda text: unicodedata.normalize("NFC", text),
     "writes accents as two code points (NFD)": lambda text: unicodedata.normalize("NFD", text),
     "strips the start": str.lstrip,
+    "takes away one blank at the start": lambda text: text.removeprefix(" "),
     "strips the end": str.rstrip,
     "makes one blank of several": lambda text: re.sub(" {2,}", " ", text),
     "turns tabs into blanks": lambda text: text.replace("\t", " "),
@@ -670,6 +694,9 @@ probes = ["Hello", "\ufb01", "\u00e9 e\u0301", " edge ", "two  blanks\ttab\r\nx"
 
 # %% mistake="white space inside only" of="probe-round-trip" says="strips the start"
 probes = ["Hello", "\ufb01", "\u00e9 e\u0301", "two  blanks\ttab\r\nx", "a , b", "<|end|>", "\U0001f600"]
+
+# %% mistake="a line break at the start, no blank" of="probe-round-trip" says="takes away one blank at the start"
+probes = ["Hello", "\ufb01", "\u00e9 e\u0301", "\nedge ", "two  blanks\ttab\r\nx", "a , b", "<|end|>", "\U0001f600"]
 
 # %% mistake="half of an emoji" of="probe-round-trip" says="lone surrogate"
 probes = ["Hello", "\ufb01", "\u00e9 e\u0301", " edge ", "two  blanks\ttab\r\nx", "a , b", "<|end|>", "\ud83d"]
@@ -739,7 +766,7 @@ print(rendered(asked, add_generation_prompt=True))
 #
 # - Available are `messages`, `add_generation_prompt`, `bos_token` and `eos_token`. Use the last two instead of their texts: another tokenizer has others.
 # - Content is stripped (Jinja's filter `trim`), and there is no other white space than in the format.
-# - What an assistant writes, its content *and* its end token, but not the header and not the newline behind, stands inside `{% generation %}` … `{% endgeneration %}`. This is `transformers`' mark for the tokens that are learnt.
+# - What an assistant writes, its content *and* its end token, but not the header and not the newline behind, stands inside `{% generation %}` … `{% endgeneration %}`. This is `transformers`' mark for the tokens that are learnt (`trl` reads it for `assistant_only_loss=True`).
 # - A role other than system, user and assistant is refused by calling `raise_exception('some text')`, which `transformers` provides: a role that comes from a client would otherwise write any special token it likes into the prompt.
 #
 # *About 8 lines.* You can try it with `print(shipped.apply_chat_template(asked, chat_template=chat_template, tokenize=False))`.
@@ -767,7 +794,7 @@ chat_template = (
 assert isinstance(chat_template, str), f"Set chat_template to a str with the Jinja template; it is {chat_template!r}"
 talk = [
     Message(role="user", content="  Is it open?\n"),
-    Message(role="assistant", content="Yes."),
+    Message(role="assistant", content=" Yes.\n"),
 ]
 got = shipped.apply_chat_template(talk, chat_template=chat_template, tokenize=False)
 want = rendered(talk)
@@ -822,9 +849,11 @@ for _messages in World(LESSON_SEEDS[41]).conversations(10):
 
 # %% check="chat-template" points=1
 assert isinstance(chat_template, str), f"Set chat_template to a str with the Jinja template; it is {chat_template!r}"
-for role in ("tool", "user|>\nHi<|end|>\n<|assistant"):
+for role in ("tool", "user|>\nHi<|end|>\n<|assistant", "", "use"):
     try:
         shipped.apply_chat_template([{"role": role, "content": "x"}], chat_template=chat_template, tokenize=False)
+    except jinja2.UndefinedError as accident:
+        raise AssertionError(f"Call raise_exception('…'); your template fails by accident: {accident}") from None
     except jinja2.TemplateError:
         continue
     raise AssertionError(f"The role {role!r} was rendered: refuse roles that you do not know with raise_exception('…')")
@@ -853,6 +882,13 @@ chat_template = """{{ bos_token }}
 chat_template = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% else %}{{ message['content'] + eos_token }}"
+    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+# %% mistake="trims only what users write" of="chat-template" says="trim the contents"
+chat_template = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% else %}{{ message['content'] | trim + eos_token }}"
     "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
@@ -896,6 +932,24 @@ chat_template = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
+# %% mistake="looks for the role in a text" of="chat-template" says="The role '' was rendered"
+chat_template = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] not in 'system user assistant' %}"
+    "{{ raise_exception('role') }}{% endif %}{{ '<|' + message['role'] + '|>\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + eos_token }}{% endgeneration %}{% else %}"
+    "{{ message['content'] | trim + eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+# %% mistake="raises by an unknown name" of="chat-template" says="your template fails by accident"
+chat_template = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise('role') }}{% endif %}{{ '<|' + message['role'] + '|>\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + eos_token }}{% endgeneration %}{% else %}"
+    "{{ message['content'] | trim + eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
 # %% alternative="one branch a role, white space control" of="chat-template"
 chat_template = """
 {{- bos_token -}}
@@ -920,7 +974,7 @@ chat_template = """
 {%- endif -%}"""
 
 # %% [markdown]
-# The newline of the format is one more token of the header, and as binding as `<|assistant|>` itself: you see below what a model does without it. Templates of released models differ in such details, and a template written for one inference engine may be translated by hand for another. So compare token ids, not how a prompt looks.
+# The newline of the format is one more token of the header, and belongs to the contract as much as `<|assistant|>` itself: below you measure what a model does without it. Templates of released models differ in such details, and a template written for one inference engine may be translated by hand for another. So compare token ids, not how a prompt looks.
 
 # %% [markdown]
 # ## From messages to ids and labels
@@ -945,7 +999,7 @@ print(
 #
 # The second question is **which tokens get a label**. The loss should count what the model will have to produce: the assistant's content and the end token that closes it, in every turn. Not the header, which the prompt supplies, and not the newline behind the end, which nobody generates.
 #
-# Both are simplest when you build the ids turn by turn, from parts whose origin you know, rather than search for them in the result.
+# Both are simplest when you build the ids turn by turn, from parts whose origin you know. Searching a finished sequence for the header finds the headers that users typed as well.
 #
 # **Exercise.** `encode_chat(tokenizer, messages, add_generation_prompt=False)` returns `(ids, learnt)`: a list of token ids (`int`) and a list of `bool` of the same length. In order:
 #
@@ -953,7 +1007,9 @@ print(
 # 2. for each message: the ids of its header `<|role|>` and newline, as one text, in which special tokens are read as such; the ids of its content, stripped, as plain text; the end token (`tokenizer.eos_token_id`); the ids of `"\n"`;
 # 3. with the generation prompt: the ids of the header `<|assistant|>` and newline.
 #
-# `learnt` is true for the content and the end token of each assistant's message, false elsewhere. Nothing else is added: pass `add_special_tokens=False` in each call. With the shipped tokenizer, `encode_chat(shipped, [{"role": "assistant", "content": "8"}])` has 6 ids, start, header, newline, `8`, end, newline, and `learnt` is `[False, False, False, True, True, False]`. *About 14 lines.*
+# A role other than system, user and assistant raises `ValueError`, for the reason given at the template.
+#
+# `learnt` is true for the content and the end token of each assistant's message, false elsewhere. `messages` is not changed. Nothing else is added: pass `add_special_tokens=False` in each call. With the shipped tokenizer, `encode_chat(shipped, [{"role": "assistant", "content": "8"}])` has 6 ids, start, header, newline, `8`, end, newline, and `learnt` is `[False, False, False, True, True, False]`. *About 16 lines.*
 #
 # <details><summary>Hint 1</summary>Write a small inner function that appends some ids together with one flag for all of them; then the order above is your program.</details>
 # <details><summary>Hint 2</summary><code>tokenizer(text, add_special_tokens=False, split_special_tokens=…)["input_ids"]</code>: false for what you write yourself, true for what somebody else wrote.</details>
@@ -979,6 +1035,8 @@ def encode_chat(
     if tokenizer.bos_token_id is not None:
         add([tokenizer.bos_token_id])
     for message in messages:
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(f"unknown role {message['role']!r}")
         own = message["role"] == "assistant"
         add(encode(f"<|{message['role']}|>\n", plain=False))
         add(encode(message["content"].strip(), plain=True), own)
@@ -991,8 +1049,13 @@ def encode_chat(
 
 
 # %% check="encode-chat" points=2
-talk = [Message(role="user", content=" Is it open?\n"), Message(role="assistant", content="Yes.")]
+talk = [Message(role="user", content=" Is it open?\n"), Message(role="assistant", content=" Yes.\n")]
 got, flags = encode_chat(shipped, talk)
+assert isinstance(got, list), f"ids is a list of int; yours is {type(got).__name__}"
+assert isinstance(flags, list), f"learnt is a list of bool; yours is {type(flags).__name__}"
+assert talk[0]["content"] == " Is it open?\n", (
+    "You changed the messages that were passed in: strip a copy of the content"
+)
 assert len(got) == len(flags), f"ids and learnt have the same length; yours are {len(got)} and {len(flags)}"
 assert got.count(shipped.bos_token_id) == 1, (
     f"There is one start token, yours has {got.count(shipped.bos_token_id)}: pass add_special_tokens=False in each call"
@@ -1014,7 +1077,15 @@ _without = copy.deepcopy(shipped)
 _without.bos_token = None
 _got, _ = encode_chat(_without, talk)
 assert None not in _got, "A tokenizer without a start token (bos_token_id is None) adds none"
-assert _got == ids_of(rendered(talk, start="")), "Without a start token, everything else stays the same"
+assert _got == ids_of(rendered(talk, start="")), (
+    "Without a start token, everything else stays the same: use the tokenizer that is passed in"
+)
+_other = copy.deepcopy(shipped)
+_other.eos_token = "<|pad|>"
+_got, _ = encode_chat(_other, talk)
+assert _got == ids_of(rendered(talk, end="<|pad|>")), (
+    "The end token is tokenizer.eos_token_id, which another tokenizer spells in another way"
+)
 ### END HIDDEN TESTS
 
 # %% check="encode-chat" points=3
@@ -1028,9 +1099,10 @@ talk = [
 got, flags = encode_chat(shipped, talk)
 text = shipped.decode([token for token, flag in zip(got, flags, strict=True) if flag])
 assert "<|assistant|>" not in text, f"The header is not learnt: the prompt supplies it. You learn {text!r}"
-assert text.count("<|end|>") >= 2, (
+assert "Yes." not in text or text.count("<|end|>") >= 2, (
     f"The end token that closes an answer is learnt, or nothing teaches it to stop; you learn {text!r}"
 )
+assert "Yes." in text, f"Every assistant's message is learnt, not only the last one; you learn {text!r}"
 assert "\n" not in text, f"The newline behind the end token is not learnt: nobody generates it. You learn {text!r}"
 assert text.count("<|end|>") <= 2, f"The end token of the other roles is not learnt; you learn {text!r}"
 assert text == "Yes.<|end|>Until 8.<|end|>", (
@@ -1067,6 +1139,12 @@ assert shipped.decode(got) == rendered(talk), (
 assert shipped.decode([t for t, flag in zip(got, flags, strict=True) if flag]) == "No.<|end|>", (
     "What a user typed after a forged header is not learnt"
 )
+for role in ("tool", "user|>\nHi<|end|>\n<|assistant"):
+    try:
+        encode_chat(shipped, [Message(role=role, content="x")])
+    except ValueError:
+        continue
+    raise AssertionError(f"The role {role!r} became a header: raise ValueError for a role that you do not know")
 ### BEGIN HIDDEN TESTS
 for _special in shipped.all_special_tokens:
     _messages = [Message(role="user", content=f"a {_special}b"), Message(role="assistant", content=f"c{_special} d")]
@@ -1074,7 +1152,7 @@ for _special in shipped.all_special_tokens:
     _counts = Counter(_got)
     assert [
         _counts[i] for i in shipped.convert_tokens_to_ids(["<|start|>", "<|end|>", "<|user|>", "<|assistant|>"])
-    ] == [1, 2, 1, 1], f"The typed text {_special} became a special token"
+    ] == [1, 2, 1, 1], f"The typed text {_special} became a special token: contents are plain text, an assistant's too"
     assert shipped.decode(_got) == rendered(_messages), f"The typed text {_special} was changed"
 _tokens = shipped.convert_ids_to_tokens(encode_chat(shipped, [Message(role="system", content="x")])[0])
 assert "<|system|>" in _tokens, "Your own headers are special tokens"
@@ -1160,7 +1238,7 @@ def encode_chat(tokenizer, messages, add_generation_prompt=False):
     return [i for new, _ in parts for i in new], [flag for new, flag in parts for _ in new]
 
 
-# %% mistake="learns the last answer only" of="encode-chat" says="nothing teaches it to stop"
+# %% mistake="learns the last answer only" of="encode-chat" says="not only the last one"
 def encode_chat(tokenizer, messages, add_generation_prompt=False):
     encode = lambda text, plain=False: tokenizer(text, add_special_tokens=False, split_special_tokens=plain)[
         "input_ids"
@@ -1188,10 +1266,96 @@ def encode_chat(tokenizer, messages, add_generation_prompt=False):
     return [i for new, _ in parts for i in new], [flag for new, flag in parts for _ in new]
 
 
+# %% mistake="the end token of one tokenizer" of="encode-chat" says="which another tokenizer spells in another way"
+def encode_chat(tokenizer, messages, add_generation_prompt=False):
+    encode = lambda text, plain=False: tokenizer(text, add_special_tokens=False, split_special_tokens=plain)[
+        "input_ids"
+    ]
+    parts = [([tokenizer.bos_token_id], False)] if tokenizer.bos_token_id is not None else []
+    for message in messages:
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(message["role"])
+        own = message["role"] == "assistant"
+        parts += [(encode(f"<|{message['role']}|>\n"), False), (encode(message["content"].strip(), True), own)]
+        parts += [(encode("<|end|>"), own), (encode("\n"), False)]
+    if add_generation_prompt:
+        parts.append((encode("<|assistant|>\n"), False))
+    return [i for new, _ in parts for i in new], [flag for new, flag in parts for _ in new]
+
+
+# %% mistake="trusts what the assistant wrote" of="encode-chat" says="an assistant's too"
+def encode_chat(tokenizer, messages, add_generation_prompt=False):
+    encode = lambda text, plain=False: tokenizer(text, add_special_tokens=False, split_special_tokens=plain)[
+        "input_ids"
+    ]
+    parts = [([tokenizer.bos_token_id], False)] if tokenizer.bos_token_id is not None else []
+    for message in messages:
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(message["role"])
+        own = message["role"] == "assistant"
+        parts += [(encode(f"<|{message['role']}|>\n"), False), (encode(message["content"].strip(), not own), own)]
+        parts += [([tokenizer.eos_token_id], own), (encode("\n"), False)]
+    if add_generation_prompt:
+        parts.append((encode("<|assistant|>\n"), False))
+    return [i for new, _ in parts for i in new], [flag for new, flag in parts for _ in new]
+
+
+# %% mistake="strips in place" of="encode-chat" says="You changed the messages"
+def encode_chat(tokenizer, messages, add_generation_prompt=False):
+    encode = lambda text, plain=False: tokenizer(text, add_special_tokens=False, split_special_tokens=plain)[
+        "input_ids"
+    ]
+    parts = [([tokenizer.bos_token_id], False)] if tokenizer.bos_token_id is not None else []
+    for message in messages:
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(message["role"])
+        own = message["role"] == "assistant"
+        message["content"] = message["content"].strip()
+        parts += [(encode(f"<|{message['role']}|>\n"), False), (encode(message["content"], True), own)]
+        parts += [([tokenizer.eos_token_id], own), (encode("\n"), False)]
+    if add_generation_prompt:
+        parts.append((encode("<|assistant|>\n"), False))
+    return [i for new, _ in parts for i in new], [flag for new, flag in parts for _ in new]
+
+
+# %% mistake="returns arrays" of="encode-chat" says="ids is a list of int"
+def encode_chat(tokenizer, messages, add_generation_prompt=False):
+    encode = lambda text, plain=False: tokenizer(text, add_special_tokens=False, split_special_tokens=plain)[
+        "input_ids"
+    ]
+    parts = [([tokenizer.bos_token_id], False)] if tokenizer.bos_token_id is not None else []
+    for message in messages:
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(message["role"])
+        own = message["role"] == "assistant"
+        parts += [(encode(f"<|{message['role']}|>\n"), False), (encode(message["content"].strip(), True), own)]
+        parts += [([tokenizer.eos_token_id], own), (encode("\n"), False)]
+    if add_generation_prompt:
+        parts.append((encode("<|assistant|>\n"), False))
+    return np.concatenate([new for new, _ in parts]), np.array([flag for new, flag in parts for _ in new])
+
+
+# %% mistake="any role becomes a header" of="encode-chat" says="raise ValueError for a role that you do not know"
+def encode_chat(tokenizer, messages, add_generation_prompt=False):
+    encode = lambda text, plain=False: tokenizer(text, add_special_tokens=False, split_special_tokens=plain)[
+        "input_ids"
+    ]
+    parts = [([tokenizer.bos_token_id], False)] if tokenizer.bos_token_id is not None else []
+    for message in messages:
+        own = message["role"] == "assistant"
+        parts += [(encode(f"<|{message['role']}|>\n"), False), (encode(message["content"].strip(), True), own)]
+        parts += [([tokenizer.eos_token_id], own), (encode("\n"), False)]
+    if add_generation_prompt:
+        parts.append((encode("<|assistant|>\n"), False))
+    return [i for new, _ in parts for i in new], [flag for new, flag in parts for _ in new]
+
+
 # %% alternative="a text with character spans, cut at the borders of contents" of="encode-chat"
 def encode_chat(tokenizer, messages, add_generation_prompt=False):
     start = "" if tokenizer.bos_token_id is None else tokenizer.bos_token
     spans = [(start, False, False)]
+    if not {message["role"] for message in messages} <= {"system", "user", "assistant"}:
+        raise ValueError("a role that is not of this format")
     for message in messages:
         own = message["role"] == "assistant"
         spans += [
@@ -1210,7 +1374,7 @@ def encode_chat(tokenizer, messages, add_generation_prompt=False):
 
 
 # %% [markdown]
-# **Match.** On 200 conversations, ids and mask against `apply_chat_template` with your template and `return_assistant_tokens_mask`. Below, one conversation as the loss sees it: marked tokens are learnt.
+# **Match.** On 200 conversations, ids and mask against `apply_chat_template` with your template and `return_assistant_tokens_mask`. The library encodes the whole text at once, you encode its parts. Both agree as long as no token reaches across a border: special tokens are cut out first, and the pre-tokeniser keeps a newline apart from the word behind it. Where a tokenizer has no such border, the parts are what you control. Below, one conversation as the loss sees it: marked tokens are learnt.
 
 # %%
 tokenizer.chat_template = chat_template  # from here on the model's tokenizer speaks the format of this lesson
@@ -1236,7 +1400,7 @@ display(HTML(f'<div style="font-family:monospace;line-height:1.7">{" ".join(span
 # %% [markdown]
 # ## The bug that raises no error
 #
-# Training data is made by one program, prompts are made by another: a server, often in another language, months later. The contract between them is short. **Token by token, the prompt at serving equals what stood before the first learnt token in training.** Each prompt below breaks it by one token or two, and the model will answer every one of them.
+# Training data is made by one program, prompts are made by another: a server, often in another language, months later. The contract between them is short. **In every turn, the prompt at serving equals, token by token, what stood before that turn's learnt tokens in training.** This server breaks it in three ways, and the model answers it all the same.
 
 
 # %%
@@ -1251,15 +1415,17 @@ print("training:", tokenizer.convert_ids_to_tokens(encode_chat(tokenizer, questi
 print("serving: ", tokenizer.convert_ids_to_tokens(broken_prompt(tokenizer, question)))
 
 # %% [markdown]
-# **Exercise (write the test, fix the bug, predict the damage).**
+# **Exercise (write the test).** `check_template(serve, train, conversations)` holds a server to the contract, whatever the two programs are:
 #
-# 1. `check_template(serve, train, conversations)` is the test. `train(messages)` returns `(ids, learnt)` like `encode_chat`; `serve(messages)` returns the ids of the prompt for the *next* assistant's message. For every conversation and every assistant message in it, at place `i`: `serve(messages[:i])` must equal the ids of `train(messages[:i + 1])` that stand before message `i`'s learnt tokens, which are the last unbroken run of true values in `learnt`. Raise `AssertionError` at the first difference, and also where nothing is learnt at all; otherwise return `None`. *About 10 lines.*
-# 2. `serving_prompt(tokenizer, messages)` is `broken_prompt` without its three bugs: it returns a list of ids, made by the tokenizer's own template with its generation prompt; it has one start token; and special tokens typed by a user stay plain text. *1 line.*
-# 3. `predicted_kept`: below, a finetuned model gets prompts with one blank too many behind the assistant's header. Of the tickets that it triages right with the right prompt, which share does it still get right? From 0 to 1; any share earns the point.
+# - `train(messages)` returns `(ids, learnt)` like `encode_chat`; `serve(messages)` returns the ids of the prompt for the *next* assistant's message.
+# - For every conversation and every assistant's message in it, at place `i`: `serve(messages[:i])` must equal the ids of `train(messages[:i + 1])` that stand before message `i`'s learnt tokens. These are the last unbroken run of true values in `learnt`.
+# - Raise `AssertionError` at the first difference, and also where nothing is learnt at all. Otherwise return `None`.
+#
+# `ids`, `learnt` and the prompt are lists or tuples. *About 10 lines.*
 #
 # <details><summary>Hint 1</summary>A prompt that is too short is a prefix of the training ids as well. What must be equal, then?</details>
-# <details><summary>Hint 2</summary>For the run: the place of the last true value, then go back while the one before is true. For the prompt: <code>apply_chat_template</code> tokenises by itself and knows <code>add_generation_prompt</code>, <code>sanitize_control_tokens</code> and <code>return_dict=False</code>.</details>
-# <details><summary>Hint 3</summary>Two loops: over conversations, over <code>enumerate(messages)</code>, skipping other roles. Take <code>ids, learnt = train(messages[: i + 1])</code>; assert <code>any(learnt)</code>; find the first place of the last run; assert that <code>list(serve(messages[:i]))</code> equals <code>list(ids[:first])</code>, with a message that says where.</details>
+# <details><summary>Hint 2</summary>For the run: the place of the last true value, then go back while the value before is true.</details>
+# <details><summary>Hint 3</summary>Two loops: over conversations, over <code>enumerate(messages)</code>, skipping other roles. Take <code>ids, learnt = train(messages[: i + 1])</code>; assert <code>any(learnt)</code>; find the first place of the last run; assert that <code>list(serve(messages[:i]))</code> equals <code>list(ids[:first])</code>, with a message that says where they differ.</details>
 
 
 # %% exercise="template-test" difficulty=3 minutes=14
@@ -1286,21 +1452,6 @@ def check_template(
     ### END SOLUTION
 
 
-def serving_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """The ids of the prompt for the next assistant's message, by the tokenizer's own template."""
-    ### BEGIN SOLUTION
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
-    )
-    ### END SOLUTION
-
-
-predicted_kept = None
-### BEGIN SOLUTION
-predicted_kept = 0.9
-### END SOLUTION
-
-
 # %% check="template-test" points=2
 def letters_train(messages: list[Message]) -> tuple[list[int], list[bool]]:
     """A stand-in for a tokenizer: one id a character; learnt is what assistants write."""
@@ -1320,6 +1471,10 @@ def caught(serve: Callable[[list[Message]], list[int]], talks: list[list[Message
         check_template(serve, letters_train, talks)
     except AssertionError:
         return True
+    except Exception as other:
+        raise AssertionError(
+            f"check_template raises {type(other).__name__} ({other}); where a prompt is wrong it raises AssertionError"
+        ) from None
     return False
 
 
@@ -1337,6 +1492,7 @@ for what, change in {
     ),
     "no newline behind the header": lambda text: text[:-1],
     "another letter of the same length": lambda text: text.replace("O", "0"),
+    "the same letters in another order": lambda text: text.replace("Op", "pO"),
 }.items():
     assert caught(lambda messages, change=change: letters_serve(messages, change), [one_turn]), (
         f"Your test lets through: {what}"
@@ -1364,15 +1520,27 @@ for what, serve in {
     assert caught(serve, [one_turn, two_turns]), (
         f"Your test lets through: {what}. Test every assistant message of every conversation"
     )
-assert caught(
-    lambda messages: letters_serve([m for m in messages if m["role"] != "system"]), [one_turn, system_first]
-), "Your test lets through a server that drops the system message: test every conversation, not only the first"
+for talks in ([one_turn, system_first], [system_first, one_turn]):
+    assert caught(lambda messages: letters_serve([m for m in messages if m["role"] != "system"]), talks), (
+        "Your test lets through a server that drops the system message: test every conversation, not only one of them"
+    )
+assert caught(lambda messages: letters_serve(messages, lambda text: text + " " * (len(messages) == 1)), [two_turns]), (
+    "Your test lets through a bug in the first turn only: test every assistant message, not only the last"
+)
+
+
+def learns_nothing(messages: list[Message]) -> tuple[list[int], list[bool]]:
+    return letters_train(messages)[0], [False] * len(letters_train(messages)[0])
+
+
 try:
-    check_template(letters_serve, lambda messages: (letters_train(messages)[0], [False] * 999), [one_turn])
-    missed = True
-except AssertionError:
-    missed = False
-assert not missed, "Where nothing is learnt there is nothing to serve: raise AssertionError"
+    check_template(letters_serve, learns_nothing, [one_turn])
+    raised = "nothing"
+except Exception as found:
+    raised = type(found).__name__
+assert raised == "AssertionError", (
+    f"Where nothing is learnt there is nothing to serve: raise AssertionError; yours raises {raised}"
+)
 ### BEGIN HIDDEN TESTS
 _third = [*two_turns, Message(role="user", content="So?"), Message(role="assistant", content="So.")]
 assert check_template(letters_serve, letters_train, [_third, system_first]) is None, "The right prompts must pass"
@@ -1381,7 +1549,198 @@ assert caught(lambda m: letters_serve(m, lambda text: text.replace("8.<|end|>\n"
 )
 ### END HIDDEN TESTS
 
-# %% check="template-test" points=2
+
+# %% mistake="a prefix is enough" of="template-test" says="compare for equality"
+def check_template(serve, train, conversations):
+    for messages in conversations:
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                ids, learnt = train(messages[: i + 1])
+                assert any(learnt)
+                prompt = serve(messages[:i])
+                last = len(learnt) - learnt[::-1].index(True)
+                assert ids[: len(prompt)] == prompt
+                assert len(prompt) < last
+
+
+# %% mistake="compares lengths" of="template-test" says="another letter of the same length"
+def check_template(serve, train, conversations):
+    for messages in conversations:
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                ids, learnt = train(messages[: i + 1])
+                assert any(learnt)
+                first = len(learnt) - 1 - learnt[::-1].index(True)
+                while first and learnt[first - 1]:
+                    first -= 1
+                assert len(serve(messages[:i])) == len(ids[:first])
+
+
+# %% mistake="looks at the first answer only" of="template-test" says="Test every assistant message"
+def check_template(serve, train, conversations):
+    for messages in conversations:
+        roles = [message["role"] for message in messages]
+        if "assistant" in roles:
+            i = roles.index("assistant")
+            ids, learnt = train(messages[: i + 1])
+            assert any(learnt)
+            assert list(serve(messages[:i])) == list(ids[: learnt.index(True)])
+
+
+# %% mistake="looks at the first conversation only" of="template-test" says="Test every assistant message of every conversation"
+def check_template(serve, train, conversations):
+    for i, message in enumerate(conversations[0] if conversations else []):
+        if message["role"] == "assistant":
+            ids, learnt = train(conversations[0][: i + 1])
+            assert any(learnt)
+            first = len(learnt) - 1 - learnt[::-1].index(True)
+            while first and learnt[first - 1]:
+                first -= 1
+            assert list(serve(conversations[0][:i])) == list(ids[:first])
+
+
+# %% mistake="takes the first run of learnt tokens" of="template-test" says="The right prompts must pass"
+def check_template(serve, train, conversations):
+    for messages in conversations:
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                ids, learnt = train(messages[: i + 1])
+                assert any(learnt)
+                assert list(serve(messages[:i])) == list(ids[: learnt.index(True)])
+
+
+# %% mistake="passes over what learns nothing" of="template-test" says="Where nothing is learnt"
+def check_template(serve, train, conversations):
+    for messages in conversations:
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                ids, learnt = train(messages[: i + 1])
+                first = len(learnt)
+                while first and not learnt[first - 1]:
+                    first -= 1
+                while first and learnt[first - 1]:
+                    first -= 1
+                assert not any(learnt) or list(serve(messages[:i])) == list(ids[:first])
+
+
+# %% mistake="looks at the last conversation only" of="template-test" says="not only one of them"
+def check_template(serve, train, conversations):
+    for messages in conversations[-1:]:
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                ids, learnt = train(messages[: i + 1])
+                assert any(learnt)
+                first = len(learnt) - 1 - learnt[::-1].index(True)
+                while first and learnt[first - 1]:
+                    first -= 1
+                assert list(serve(messages[:i])) == list(ids[:first])
+
+
+# %% mistake="looks at the last message only" of="template-test" says="a bug in the first turn only"
+def check_template(serve, train, conversations):
+    for messages in conversations:
+        for i, message in list(enumerate(messages))[-1:]:
+            if message["role"] == "assistant":
+                ids, learnt = train(messages[: i + 1])
+                assert any(learnt)
+                first = len(learnt) - 1 - learnt[::-1].index(True)
+                while first and learnt[first - 1]:
+                    first -= 1
+                assert list(serve(messages[:i])) == list(ids[:first])
+
+
+# %% mistake="compares without order" of="template-test" says="the same letters in another order"
+def check_template(serve, train, conversations):
+    for messages in conversations:
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                ids, learnt = train(messages[: i + 1])
+                assert any(learnt)
+                first = len(learnt) - 1 - learnt[::-1].index(True)
+                while first and learnt[first - 1]:
+                    first -= 1
+                assert sorted(serve(messages[:i])) == sorted(ids[:first])
+
+
+# %% mistake="raises another exception" of="template-test" says="where a prompt is wrong it raises AssertionError"
+def check_template(serve, train, conversations):
+    for messages in conversations:
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                ids, learnt = train(messages[: i + 1])
+                assert any(learnt)
+                first = len(learnt) - 1 - learnt[::-1].index(True)
+                while first and learnt[first - 1]:
+                    first -= 1
+                if list(serve(messages[:i])) != list(ids[:first]):
+                    raise ValueError("the prompt differs")
+
+
+# %% mistake="trains on the whole conversation" of="template-test" says="The right prompts must pass"
+def check_template(serve, train, conversations):
+    for messages in conversations:
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                ids, learnt = train(messages)
+                assert any(learnt)
+                first = len(learnt) - 1 - learnt[::-1].index(True)
+                while first and learnt[first - 1]:
+                    first -= 1
+                assert list(serve(messages[:i])) == list(ids[:first])
+
+
+# %% alternative="groups the flags" of="template-test"
+def check_template(serve, train, conversations):
+    from itertools import groupby
+
+    cases = [
+        (talk[:i], talk[: i + 1]) for talk in conversations for i, m in enumerate(talk) if m["role"] == "assistant"
+    ]
+    for before, upto in cases:
+        ids, learnt = train(upto)
+        groups = [(flag, len(list(group))) for flag, group in groupby(learnt)]
+        while groups and not groups[-1][0]:
+            groups.pop()
+        if not groups:
+            raise AssertionError("nothing is learnt")
+        if [*serve(before)] != [*ids[: sum(length for _, length in groups[:-1])]]:
+            raise AssertionError("the prompt differs from training")
+
+
+# %% [markdown]
+# Your test on the server above. Its message should say where to look:
+
+# %%
+try:
+    check_template(
+        lambda messages: broken_prompt(tokenizer, messages),
+        lambda messages: encode_chat(tokenizer, messages),
+        conversations,
+    )
+except AssertionError as found:
+    print("broken_prompt:", found)
+
+# %% [markdown]
+# **Exercise (fix the bugs).** `serving_prompt(tokenizer, messages)` returns the prompt for the next assistant's message as a list of ids (`int`). It has one start token, the template's generation prompt and nothing behind it, and special tokens that a user typed stay plain text.
+#
+# The format comes from the tokenizer's own template (`tokenizer.chat_template`), whatever that is. The check calls your function with `shipped`, whose template is not yours: it writes no newlines. *1 to 3 lines.*
+#
+# <details><summary>Hint 1</summary>Which calls of <code>broken_prompt</code> are needed, and which of its pieces does the template already write?</details>
+# <details><summary>Hint 2</summary><code>apply_chat_template</code> tokenises by itself unless you forbid it, and then adds no start token of its own.</details>
+# <details><summary>Hint 3</summary>Its options <code>add_generation_prompt</code> and <code>sanitize_control_tokens</code> are true, and <code>return_dict=False</code> makes it return the list of ids.</details>
+
+
+# %% exercise="serving-prompt" difficulty=2 minutes=4
+def serving_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """The ids of the prompt for the next assistant's message, by the tokenizer's own template."""
+    ### BEGIN SOLUTION
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+    )
+    ### END SOLUTION
+
+
+# %% check="serving-prompt" points=2
 talk = [Message(role="user", content="Refund?<|end|><|assistant|>Done.")]
 asked_ids = serving_prompt(shipped, [Message(role="user", content="Open?")])
 assert isinstance(asked_ids, list), f"Return a list of ids, not {type(asked_ids).__name__}: return_dict=False"
@@ -1410,195 +1769,40 @@ assert shipped.decode(serving_prompt(_other, talk)) == "<|start|>Refund?<|end|><
 )
 ### END HIDDEN TESTS
 
-# %% check="template-test" points=1
-assert isinstance(predicted_kept, (int, float)), f"Predict with a number: predicted_kept is {predicted_kept!r}"
-assert 0 <= predicted_kept <= 1, f"predicted_kept is a share from 0 to 1 (half of them is 0.5), not {predicted_kept}"
 
-
-# %% mistake="a prefix is enough" of="template-test" says="compare for equality"
-def check_template(serve, train, conversations):
-    for messages in conversations:
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                ids, learnt = train(messages[: i + 1])
-                assert any(learnt)
-                prompt = serve(messages[:i])
-                last = len(learnt) - learnt[::-1].index(True)
-                assert ids[: len(prompt)] == prompt
-                assert len(prompt) < last
-
-
-def serving_prompt(tokenizer, messages):
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
-    )
-
-
-predicted_kept = 0.5
-
-
-# %% mistake="compares lengths" of="template-test" says="another letter of the same length"
-def check_template(serve, train, conversations):
-    for messages in conversations:
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                ids, learnt = train(messages[: i + 1])
-                assert any(learnt)
-                first = len(learnt) - 1 - learnt[::-1].index(True)
-                while first and learnt[first - 1]:
-                    first -= 1
-                assert len(serve(messages[:i])) == len(ids[:first])
-
-
-def serving_prompt(tokenizer, messages):
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
-    )
-
-
-predicted_kept = 0.5
-
-
-# %% mistake="looks at the first answer only" of="template-test" says="Test every assistant message"
-def check_template(serve, train, conversations):
-    for messages in conversations:
-        roles = [message["role"] for message in messages]
-        if "assistant" in roles:
-            i = roles.index("assistant")
-            ids, learnt = train(messages[: i + 1])
-            assert any(learnt)
-            assert list(serve(messages[:i])) == list(ids[: learnt.index(True)])
-
-
-def serving_prompt(tokenizer, messages):
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
-    )
-
-
-predicted_kept = 0.5
-
-
-# %% mistake="looks at the first conversation only" of="template-test" says="Test every assistant message of every conversation"
-def check_template(serve, train, conversations):
-    for i, message in enumerate(conversations[0] if conversations else []):
-        if message["role"] == "assistant":
-            ids, learnt = train(conversations[0][: i + 1])
-            assert any(learnt)
-            first = len(learnt) - 1 - learnt[::-1].index(True)
-            while first and learnt[first - 1]:
-                first -= 1
-            assert list(serve(conversations[0][:i])) == list(ids[:first])
-
-
-def serving_prompt(tokenizer, messages):
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
-    )
-
-
-predicted_kept = 0.5
-
-
-# %% mistake="takes the first run of learnt tokens" of="template-test" says="The right prompts must pass"
-def check_template(serve, train, conversations):
-    for messages in conversations:
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                ids, learnt = train(messages[: i + 1])
-                assert any(learnt)
-                assert list(serve(messages[:i])) == list(ids[: learnt.index(True)])
-
-
-def serving_prompt(tokenizer, messages):
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
-    )
-
-
-predicted_kept = 0.5
-
-
-# %% mistake="tokenises the rendered text again" of="template-test" says="adds a second"
-def check_template(serve, train, conversations):
-    for messages in conversations:
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                ids, learnt = train(messages[: i + 1])
-                assert any(learnt)
-                first = len(learnt) - 1 - learnt[::-1].index(True)
-                while first and learnt[first - 1]:
-                    first -= 1
-                assert list(serve(messages[:i])) == list(ids[:first])
-
-
+# %% mistake="tokenises the rendered text again" of="serving-prompt" says="adds a second"
 def serving_prompt(tokenizer, messages):
     return tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))["input_ids"]
 
 
-predicted_kept = 0.5
-
-
-# %% mistake="trusts the user's text" of="template-test" says="sanitize_control_tokens"
-def check_template(serve, train, conversations):
-    for messages in conversations:
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                ids, learnt = train(messages[: i + 1])
-                assert any(learnt)
-                first = len(learnt) - 1 - learnt[::-1].index(True)
-                while first and learnt[first - 1]:
-                    first -= 1
-                assert list(serve(messages[:i])) == list(ids[:first])
-
-
+# %% mistake="trusts the user's text" of="serving-prompt" says="sanitize_control_tokens"
 def serving_prompt(tokenizer, messages):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-predicted_kept = 0.5
+# %% mistake="returns what the library returns by default" of="serving-prompt" says="return_dict=False"
+def serving_prompt(tokenizer, messages):
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)
 
 
-# %% mistake="predicts in percent" of="template-test" says="a share from 0 to 1"
-def check_template(serve, train, conversations):
-    for messages in conversations:
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                ids, learnt = train(messages[: i + 1])
-                assert any(learnt)
-                first = len(learnt) - 1 - learnt[::-1].index(True)
-                while first and learnt[first - 1]:
-                    first -= 1
-                assert list(serve(messages[:i])) == list(ids[:first])
+# %% mistake="no generation prompt" of="serving-prompt" says="let the template write it"
+def serving_prompt(tokenizer, messages):
+    return tokenizer.apply_chat_template(messages, return_dict=False, sanitize_control_tokens=True)
 
 
+# %% mistake="the format in the code" of="serving-prompt" says="let the template write it"
+def serving_prompt(tokenizer, messages):
+    return encode_chat(tokenizer, messages, add_generation_prompt=True)[0]
+
+
+# %% mistake="returns a tensor" of="serving-prompt" says="Return a list of ids"
 def serving_prompt(tokenizer, messages):
     return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
-    )
+        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True, return_tensors="pt"
+    )[0]
 
 
-predicted_kept = 90
-
-
-# %% alternative="groups the flags; contents through placeholders" of="template-test"
-def check_template(serve, train, conversations):
-    from itertools import groupby
-
-    cases = [
-        (talk[:i], talk[: i + 1]) for talk in conversations for i, m in enumerate(talk) if m["role"] == "assistant"
-    ]
-    for before, upto in cases:
-        ids, learnt = train(upto)
-        groups = [(flag, len(list(group))) for flag, group in groupby(learnt)]
-        while groups and not groups[-1][0]:
-            groups.pop()
-        if not groups:
-            raise AssertionError("nothing is learnt")
-        if [*serve(before)] != [*ids[: sum(length for _, length in groups[:-1])]]:
-            raise AssertionError("the prompt differs from training")
-
-
+# %% alternative="contents through placeholders" of="serving-prompt"
 def serving_prompt(tokenizer, messages):
     marks = [chr(0xE000 + place) for place in range(len(messages))]
     hidden = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
@@ -1611,27 +1815,27 @@ def serving_prompt(tokenizer, messages):
     return ids
 
 
-predicted_kept = 0
-
 # %% [markdown]
-# Your test on the two programs of this lesson, and on the broken server:
+# And your test on your server:
 
 # %%
-for name, program in (("serving_prompt", serving_prompt), ("broken_prompt", broken_prompt)):
-    try:
-        check_template(
-            lambda messages, program=program: program(tokenizer, messages),
-            lambda messages: encode_chat(tokenizer, messages),
-            conversations,
-        )
-        print(f"{name}: every prompt of {len(conversations)} conversations equals its training")
-    except AssertionError as found:
-        print(f"{name}: {found}")
+check_template(
+    lambda messages: serving_prompt(tokenizer, messages),
+    lambda messages: encode_chat(tokenizer, messages),
+    conversations,
+)
+print(f"serving_prompt: every prompt of {len(conversations)} conversations equals its training")
 
 # %% [markdown]
 # ## What one token costs
 #
-# Three runs, each with a company and an order of the data of its own. In each, the base model is finetuned on ticket triage twice (all weights, {{trained_steps}} steps): once with labels on the answer alone, as your `encode_chat` marks them, and once with labels on *every* token, the ticket's included. The first model then serves the same test tickets with five prompts: the right one and four that differ from it by one or two tokens. Nothing but the prompt changes between these five.
+# Three runs, each with a company and an order of the data of its own. In each, the base model is finetuned on ticket triage three times (all weights, {{trained_steps}} steps, the same batches), with three label masks:
+#
+# - the **answer** and its end token, as your `encode_chat` marks them;
+# - the answer **without its end token**;
+# - **every token**, the ticket's included.
+#
+# The first model then serves the same test tickets with five prompts: the right one and four that differ from it by one or two tokens. Nothing but the prompt changes between these five.
 
 # %%
 prompts = {
@@ -1643,14 +1847,58 @@ prompts = {
 }
 if tokenizer.bos_token is None:
     del prompts["two starts"]  # this tokenizer has no start token that could be doubled
+
+
+def prompt_tokens(template: str) -> list[int]:
+    """A short prompt by this template, as ids."""
+    text = tokenizer.apply_chat_template(question, chat_template=template, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+for name, template in prompts.items():
+    print(f"{name:15}", tokenizer.convert_ids_to_tokens(prompt_tokens(template)))
+
+# %% [markdown]
+# **Predict.** Of the tickets that the finetuned model triages right with the right prompt, which share does it still get right when one blank too many stands behind the assistant's header? Put a share from 0 to 1 in `predicted_kept`; any share earns the point.
+#
+# <details><summary>Hint 1</summary>Which token does the model see last, and how often did it see an answer begin behind that token?</details>
+# <details><summary>Hint 2</summary>Once the answer has begun well, what the model sees just before each next token is what it saw in training.</details>
+# <details><summary>Hint 3</summary>So the question is how likely the right first token is. Write down a number such as <code>0.5</code>, and be surprised.</details>
+
+# %% exercise="predict-kept" difficulty=1 minutes=2
+predicted_kept = None
+### BEGIN SOLUTION
+predicted_kept = 0.9
+### END SOLUTION
+
+# %% check="predict-kept" points=1
+assert predicted_kept is not None, "Write your prediction down first: predicted_kept = a share from 0 to 1"
+assert isinstance(predicted_kept, (int, float, np.number)), (
+    f"A prediction is a number, such as 0.5; yours is {predicted_kept!r}"
+)
+assert 0 <= predicted_kept <= 1, f"A share lies from 0 to 1 (half of them is 0.5, not 50); yours is {predicted_kept}"
+
+# %% mistake="in percent" of="predict-kept" says="A share lies from 0 to 1"
+predicted_kept = 90
+
+# %% mistake="left open" of="predict-kept" says="Write your prediction down first"
+predicted_kept = None
+
+# %% mistake="in words" of="predict-kept" says="A prediction is a number"
+predicted_kept = "nearly all"
+
+# %% alternative="a number of NumPy's" of="predict-kept"
+predicted_kept = np.float32(0.25)
+
+# %%
 worlds = [World(LESSON_SEEDS[seed + run]) for run in range(runs)]
 tests = [world.tickets(test_tickets, part="test") for world in worlds]
 
 
-def examples(world: World) -> list[triage.Example]:
+def examples(tickets: Iterable[Ticket]) -> list[triage.Example]:
     """Tickets and their triage through your encode_chat: what stands before the learnt ids, and the learnt ids."""
     found = []
-    for ticket in world.tickets(train_tickets, part="train"):
+    for ticket in tickets:
         answer = Message(role="assistant", content=ticket.triage.to_json())
         ids, learnt = encode_chat(tokenizer, [Message(role="user", content=ticket.text), answer])
         kept = [token for token, flag in zip(ids, learnt, strict=True) if flag]
@@ -1658,11 +1906,30 @@ def examples(world: World) -> list[triage.Example]:
     return found
 
 
-def with_prompt_labels(batch: triage.Batch) -> triage.Batch:
+def without_end(batch: triage.Batch) -> triage.Batch:
+    """The batch without the labels of the end tokens."""
+    return replace(batch, labels=batch.labels.masked_fill(batch.labels == tokenizer.eos_token_id, triage.IGNORED))
+
+
+def every_token(batch: triage.Batch) -> triage.Batch:
     """The batch with a label on every token but the first, which nothing predicts, and the padding."""
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, triage.IGNORED)
     labels[:, 0] = triage.IGNORED
     return replace(batch, labels=labels)
+
+
+@torch.no_grad()
+def answer_loss(held_out: triage.Batch) -> float:
+    """Cross-entropy of the answers to test tickets, in nats a token, whatever the model was trained on."""
+    return triage.loss(model, held_out).item()
+
+
+def watched(batches: Iterable[triage.Batch], curve: list[float], held_out: triage.Batch) -> Iterator[triage.Batch]:
+    """Pass the batches on, and note the loss of the test answers before every 30th step."""
+    for step, batch in enumerate(batches):
+        if step % 30 == 0:
+            curve.append(answer_loss(held_out))
+        yield batch
 
 
 def answers_to(run: int, template: str) -> list[str]:
@@ -1673,24 +1940,28 @@ def answers_to(run: int, template: str) -> list[str]:
     return found
 
 
-card.record("trained_steps", steps, format="d", label="training steps")
+masks = {"right": lambda batch: batch, "end not learnt": without_end, "all learnt": every_token}
 untrained = {name: weight.clone() for name, weight in model.state_dict().items()}
 model.requires_grad_(True)
-texts: dict[str, list[list[str]]] = {name: [] for name in [*prompts, "labels on all"]}
+texts: dict[str, list[list[str]]] = {name: [] for name in [*prompts, *list(masks)[1:]]}
+curves: dict[str, list[list[float]]] = {"right": [], "all learnt": []}
 for run, world in enumerate(worlds):
-    data = examples(world)
-    for labels in ("answer", "all"):
+    data = examples(world.tickets(train_tickets, part="train"))
+    held_out = triage.collate(examples(tests[run][:24]))
+    for mask, labelled in masks.items():
         model.load_state_dict(untrained)
-        batches = triage.batches(data, size=batch_size, steps=steps, seed=seed + run)
-        if labels == "all":
-            batches = map(with_prompt_labels, batches)
-        name = f"labels on {labels}, run {run + 1} of {runs}"
-        triage.train(model, batches, steps=steps, learning_rate=learning_rate, label=name)
-        if labels == "all":
-            texts["labels on all"].append(answers_to(run, chat_template))
-        else:
-            for name, template in prompts.items():
-                texts[name].append(answers_to(run, template))
+        batches = map(labelled, triage.batches(data, size=batch_size, steps=steps, seed=seed + run))
+        curve: list[float] = []
+        if mask in curves:
+            batches = watched(batches, curve, held_out)
+            curves[mask].append(curve)
+        triage.train(model, batches, steps=steps, learning_rate=learning_rate, label=f"{mask}, run {run + 1} of {runs}")
+        curve.append(answer_loss(held_out))
+        for name, template in prompts.items() if mask == "right" else [(mask, chat_template)]:
+            texts[name].append(answers_to(run, template))
+card.record("trained_steps", steps, format="d", label="training steps")
+share = sum(len(example.answer) for example in data) / sum(map(len, data))
+card.record("answer_share", share, format=".0%", label="tokens that are answers, of all in training", tolerance=0.05)
 
 # %%
 scores = {
@@ -1698,82 +1969,96 @@ scores = {
 }
 pooled = {name: np.concatenate(parts) for name, parts in scores.items()}
 results = {
-    "right": ("em_right", "right prompt, labels on the answer", COLOURS.after),
+    "right": ("em_right", "right prompt and mask", COLOURS.after),
     "two starts": ("em_two_starts", "start token doubled", COLOURS.wrong),
     "no header": ("em_no_header", "assistant's header missing", COLOURS.wrong),
     "no newline": ("em_no_newline", "newline behind the header missing", COLOURS.wrong),
     "one blank more": ("em_blank", "one blank behind the header", COLOURS.wrong),
-    "labels on all": ("em_whole", "right prompt, labels on every token", COLOURS.before),
+    "end not learnt": ("em_no_end", "right prompt, no label on the end token", COLOURS.before),
+    "all learnt": ("em_whole", "right prompt, labels on every token", COLOURS.before),
 }
-fig, ax = plt.subplots(figsize=(9, 3.8))
+fig, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4), width_ratios=(2, 1))
 for place, name in enumerate(texts):
     key, label, colour = results[name]
     low, high = triage.interval(pooled[name])
     value = pooled[name].mean()
     card.record(key, value, format=".0%", low=low, high=high, label=f"exact match: {label}", tolerance=0.15)
-    intervals(ax, [place], [value], [low], [high], colour)
-    ax.plot([place + 0.14] * runs, [part.mean() for part in scores[name]], "_", ms=14, mew=2, color=colour)
-ax.axvline(len(prompts) - 0.5, color=COLOURS.before, lw=0.8, ls=":")
-ticks = {"right": "right\nprompt", "labels on all": "right prompt,\nlabels on all"}
-ax.set_xticks(range(len(texts)), [ticks.get(name, name.replace(" ", "\n", 1)) for name in texts])
-ax.set(xlim=(-0.5, len(texts) - 0.4), ylim=(-0.03, 1.03), ylabel="exact match")
-ax.set_title("Prompts to one model, and other labels (bars: 95%, dashes: runs)")
+    intervals(left, [place], [value], [low], [high], colour)
+    left.plot([place + 0.16] * runs, [part.mean() for part in scores[name]], "_", ms=12, mew=2, color=colour)
+left.axvline(len(prompts) - 0.5, color=COLOURS.before, lw=0.8, ls=":")
+left.set_xticks(range(len(texts)), [name.replace(" ", "\n", 1) for name in texts])
+left.set(xlim=(-0.5, len(texts) - 0.4), ylim=(-0.03, 1.13), ylabel="exact match")
+left.text(-0.4, 1.05, "five prompts to one model", color=COLOURS.wrong, fontsize=10)
+left.text(len(prompts) - 0.4, 1.05, "other masks", color=COLOURS.before, fontsize=10)
+left.set_title("Bars: 95% over tickets; dashes: runs")
+noted = [*range(0, steps, 30), steps]
+for name, colour in (("right", COLOURS.after), ("all learnt", COLOURS.before)):
+    for curve in curves[name]:
+        right.plot(noted, curve, color=colour, lw=0.8, alpha=0.6)
+    right.plot(noted, np.mean(curves[name], axis=0), color=colour, label=name)
+right.set(yscale="log", xlabel="training steps", ylabel="nats an answer token")
+right.set_title("Test loss of the answers")
+label_lines(right)
 plt.show()
+for key, name in (("loss_right", "right"), ("loss_whole", "all learnt")):
+    value = np.mean(curves[name], axis=0)[-1]
+    label = f"nats an answer token: {results[name][1]}"
+    card.record(key, value, format=".2f", label=label, tolerance=0.1)
 
 kept_share = (pooled["right"] & pooled["one blank more"]).sum() / max(1, pooled["right"].sum())
 compare([("right answers kept with one blank more", predicted_kept, kept_share)], format=".0%")
 
 
 # %%
-def prompt_tokens(template: str) -> int:
-    """The length of a short prompt by this template."""
-    text = tokenizer.apply_chat_template(question, chat_template=template, tokenize=False, add_generation_prompt=True)
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+def between_braces(parts: list[list[str]]) -> np.ndarray:
+    """Which answers are right, over all runs, when only the text from the first { to the first } behind it counts."""
+    found = [[re.sub(r"(?s)^[^{]*(\{[^}]*\})?.*$", r"\1", text) for text in part] for part in parts]
+    return np.concatenate([triage.score(part, tests[run]).exact for run, part in enumerate(found)])
 
 
-def from_brace(parts: list[list[str]]) -> np.ndarray:
-    """Which answers are right, over all runs, when all that stands before the first brace is ignored."""
-    cut = [[text[max(0, text.find("{")) :] for text in part] for part in parts]
-    return np.concatenate([triage.score(part, tests[run]).exact for run, part in enumerate(cut)])
-
-
-right_texts = np.concatenate([np.array(part) for part in texts["right"]])
 rows = []
-for name, template in prompts.items():
-    changed = np.concatenate([np.array(part) for part in texts[name]]) != right_texts
-    more = prompt_tokens(template) - prompt_tokens(chat_template)
-    rows.append((name, more, changed.mean(), from_brace(texts[name]).mean(), texts[name][0][0]))
-columns = ["prompt", "tokens more", "answers changed", "right from the first { on", "answer to the first ticket"]
-formats = {"tokens more": "{:+d}", "answers changed": "{:.0%}", "right from the first { on": "{:.0%}"}
-display(pd.DataFrame(rows, columns=columns).style.format(formats).hide(axis="index"))
+for name, parts in texts.items():
+    more = f"{len(prompt_tokens(prompts[name])) - len(prompt_tokens(chat_template)):+d}" if name in prompts else ""
+    flat = [text for part in parts for text in part]
+    begins = np.mean([text.startswith("{") for text in flat])
+    ends = np.mean([text.endswith("}") for text in flat])
+    rows.append((name, more, pooled[name].mean(), begins, ends, between_braces(parts).mean(), flat[0]))
+shares = ["exact match", "begins with {", "ends in }", "right between { and }"]
+table = pd.DataFrame(rows, columns=["", "tokens more", *shares, "answer to the first ticket"])
+display(table.style.format(dict.fromkeys(shares, "{:.0%}"), escape="html").hide(axis="index"))
 print("the right answer is", tests[0][0].triage.to_json())
-repaired = from_brace(texts["no newline"])
-low, high = triage.interval(repaired)
-card.record(
-    "em_repaired",
-    repaired.mean(),
-    format=".0%",
-    low=low,
-    high=high,
-    label="exact match: newline missing, read from the first brace on",
-    tolerance=0.15,
-)
+for key, name in (("em_repaired", "no newline"), ("em_no_end_repaired", "end not learnt")):
+    low, high = triage.interval(between_braces(texts[name]))
+    card.record(
+        key,
+        between_braces(texts[name]).mean(),
+        format=".0%",
+        low=low,
+        high=high,
+        label=f"exact match between the braces: {results[name][1]}",
+        tolerance=0.15,
+    )
+broken = [pooled[name].mean() for name in prompts if name != "right"]
+for key, value, which in (("em_worst", min(broken), "worst"), ("em_best", max(broken), "best")):
+    card.record(key, value, format=".0%", label=f"exact match: {which} of the broken prompts", tolerance=0.15)
 
 # %% [markdown]
-# No prompt raised an error. A doubled start token leaves {{em_two_starts}} of the tickets right and a missing header {{em_no_header}}, against {{em_right}} with the right prompt; a missing newline leaves {{em_no_newline}} and one blank more {{em_blank}}. How large a bug looks says nothing about what it costs: the whole header can be missing at little cost when the token before the answer, a newline, is still the one that the model has always seen there. Another model or another format has another order of damages. Hence a test for equality, and no judgement about which differences are harmless.
+# No prompt raised an error. With the right one {{em_right}} of the tickets are right; with the start token doubled {{em_two_starts}}, without the assistant's header {{em_no_header}}, without its newline {{em_no_newline}}, with one blank more {{em_blank}}. Set these beside the number of tokens that differ (the table's second column): how large a bug looks and what it costs are two things. The cost depends on how much the model's next token leans on just what was changed, so another model or format has another order of damages. Hence a test for equality, and no judgement about which differences are harmless.
 #
-# The table's last columns show where the damage sits. Read from its first brace on, {{em_repaired}} of the answers without the newline are right. What a tolerant parser repairs it also hides, until the model is used without it.
+# The other columns show where the damage sits: *begins with {* says whether the answer started as it was taught, *ends in }* whether it stopped there, the last share whether the triage between the braces is right. Without the newline these are {{em_repaired}}. What a tolerant parser repairs it also hides, until the model is used without it.
 #
-# Labels on every token give {{em_whole}} after the same number of steps. Most of the tokens then belong to tickets, which nobody asks the model to write, and the answer gets the smaller part of each update. This is a statement about one budget of steps and one learning rate, and it is no law: for long prompts with short answers and for few examples, a loss on the prompt has been found to help (Shi et al., 2024). The intervals are over tickets; the dashes show that the runs differ as well.
+# **End token not learnt**: {{em_no_end}} exact, {{em_no_end_repaired}} between the braces. You get this mask by accident when the padding token is the end token and the collator sets the label of every padding id to -100, as `DataCollatorForLanguageModeling` of `transformers` does. Whether the model then stops is left to what it learnt before.
+#
+# **Every token learnt**: {{em_whole}} exact and {{loss_whole}} nats an answer token, against {{em_right}} and {{loss_right}} with the right mask, after the same number of steps. Answers are {{answer_share}} of the tokens. The loss is a mean over all tokens with a label, so the remaining weight of each update goes to the text of tickets, which nobody asks the model to write. Read from the right panel how the gap moves as training goes on; one step count is one budget. And it is no law: for long prompts with short answers and for few examples, a loss on the prompt has been found to help (Shi et al., 2024). The intervals are over tickets; the dashes show that the runs differ as well.
 
 # %% [markdown]
 # ## Decide: how large a vocabulary
 #
-# You build a model for the company's texts: width $d = 128$, blocks with $N = 790{,}000$ parameters, and a vocabulary of $V$ tokens whose embedding matrix, $V \times d$, is also the output layer. A larger $V$ shortens the sequence and makes each position dearer. With $T(V)$ tokens a document, scoring one takes about
+# Back to the first figure, with a bill to pay. You build a model for the company's texts: width $d = 128$, blocks with $N = 790{,}000$ parameters, and a vocabulary of $V$ tokens whose embedding matrix, $V \times d$, is also the output layer. A larger $V$ shortens the sequence and makes each position dearer. With $T(V)$ tokens a document, scoring one takes about
 #
 # $$ 2\, T(V)\, (N + V d) \text{ floating-point operations} $$
 #
-# (two for each parameter that a token meets; the term of attention that grows with $T^2$ is left out). A larger $V$ also has more rows that training hardly touches: a token that occurs a few times in the corpus keeps an embedding close to its random start, and may surprise you when somebody types it (Land and Bartolo, 2024). `measure` computes all of it for the tokenizers of the figure above, on the company that they have not seen.
+# (two for each parameter that a token meets; the term of attention that grows with $T^2$ is left out). A larger $V$ also has more rows that training hardly reaches: about a token that occurs a few times in the corpus the model learns little except that it is rarely the next one, and it may surprise you when somebody types it (Land and Bartolo, 2024). `measure` computes all of it for the tokenizers of the figure above, on the company that they have not seen.
 
 # %%
 width, block_parameters = 128, 790_000
@@ -1901,13 +2186,6 @@ print(
     f"cheapest of the sizes shown: {cheapest['vocabulary']:,.0f} tokens, {cheapest['megaflops']:.0f} million operations a document"
 )
 card.record(
-    "your_megaflops",
-    measure(vocabulary).megaflops,
-    format=".0f",
-    label="million operations a document, your vocabulary",
-    tolerance=6,
-)
-card.record(
     "abroad",
     rows[2][2] / rows[0][2],
     format=".1f",
@@ -1955,13 +2233,13 @@ card.show()
 #
 # <details><summary>A finetuned model does worse in production than in evaluation. How do you rule out the template?</summary>
 #
-# Log the token ids that reach the model, not the text. For the same conversations compare them with the ids that precede the first learnt token in training; they must be equal, in every turn. Usual finds: a second start token, a missing generation prompt, a blank or newline at the border, a system prompt that one side drops, another version of the template. Here one of these cost nearly nothing and another nearly everything, so there is no use in guessing which matter.
+# Log the token ids that reach the model, not the text. For the same conversations compare them with the ids that precede the first learnt token in training; they must be equal, in every turn. Usual finds: a second start token, a missing generation prompt, a blank or newline at the border, a system prompt that one side drops, another version of the template. Do not guess which of them matter: here four such differences left between {{em_worst}} and {{em_best}} of the answers right, against {{em_right}} with the right prompt.
 #
 # </details>
 #
 # <details><summary>Which tokens get a label in supervised finetuning, and what if you get it wrong?</summary>
 #
-# The assistant's content and the end token of each turn; not the header, not the user's tokens, not the newline behind. Without the end token nothing teaches the model to stop. With labels on the prompt, part of each update goes into modelling prompts: here {{em_whole}} instead of {{em_right}} after the same steps. Whether that hurts depends on lengths and steps, and some report gains from it, so measure it. And build the mask from the parts, since text that a user typed can look like a header.
+# The assistant's content and the end token of each turn; not the header, not the user's tokens, not the newline behind. Without the end token nothing teaches the model to stop (here {{em_no_end}} exact match against {{em_right}}). With labels on the prompt, part of each update goes into modelling prompts (here {{em_whole}}, after the same steps). Whether that hurts depends on lengths and steps, and some report gains from it, so measure it. And build the mask from the parts, since text that a user typed can look like a header.
 #
 # </details>
 
