@@ -1974,8 +1974,8 @@ results = {
     "no header": ("em_no_header", "assistant's header missing", COLOURS.wrong),
     "no newline": ("em_no_newline", "newline behind the header missing", COLOURS.wrong),
     "one blank more": ("em_blank", "one blank behind the header", COLOURS.wrong),
-    "end not learnt": ("em_no_end", "right prompt, no label on the end token", COLOURS.before),
-    "all learnt": ("em_whole", "right prompt, labels on every token", COLOURS.before),
+    "end not learnt": ("em_no_end", "right prompt, no label on the end token", COLOURS.other),
+    "all learnt": ("em_whole", "right prompt, labels on every token", COLOURS.other),
 }
 fig, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4), width_ratios=(2, 1))
 for place, name in enumerate(texts):
@@ -1989,13 +1989,13 @@ left.axvline(len(prompts) - 0.5, color=COLOURS.before, lw=0.8, ls=":")
 left.set_xticks(range(len(texts)), [name.replace(" ", "\n", 1) for name in texts])
 left.set(xlim=(-0.5, len(texts) - 0.4), ylim=(-0.03, 1.13), ylabel="exact match")
 left.text(-0.4, 1.05, "five prompts to one model", color=COLOURS.wrong, fontsize=10)
-left.text(len(prompts) - 0.4, 1.05, "other masks", color=COLOURS.before, fontsize=10)
-left.set_title("Bars: 95% over tickets; dashes: runs")
+left.text(len(prompts) - 0.4, 1.05, "other masks", color=COLOURS.other, fontsize=10)
+left.set_title("Exact match (bars: 95% over tickets; dashes: runs)")
 noted = [*range(0, steps, 30), steps]
-for name, colour in (("right", COLOURS.after), ("all learnt", COLOURS.before)):
+for name, label, colour in (("right", "answer learnt", COLOURS.after), ("all learnt", "all learnt", COLOURS.other)):
     for curve in curves[name]:
         right.plot(noted, curve, color=colour, lw=0.8, alpha=0.6)
-    right.plot(noted, np.mean(curves[name], axis=0), color=colour, label=name)
+    right.plot(noted, np.mean(curves[name], axis=0), color=colour, label=label)
 right.set(yscale="log", xlabel="training steps", ylabel="nats an answer token")
 right.set_title("Test loss of the answers")
 label_lines(right)
@@ -2113,7 +2113,7 @@ vocabulary = 1100
 ### END SOLUTION
 
 # %% check="choose-vocabulary" points=2
-assert type(vocabulary) is int, f"Set vocabulary to a whole number; it is {vocabulary!r}"
+assert isinstance(vocabulary, (int, np.integer)), f"Set vocabulary to a whole number; it is {vocabulary!r}"
 assert 256 <= vocabulary <= 3072, f"The vocabulary has 256 to 3,072 tokens, not {vocabulary}"
 chosen = measure(vocabulary)
 assert chosen.embedding_share <= 0.20, (
@@ -2142,6 +2142,10 @@ vocabulary = 1500
 
 # %% mistake="the size of a published model" of="choose-vocabulary" says="256 to 3,072 tokens"
 vocabulary = 32_000
+
+# %% alternative="read from a table, so an integer of NumPy's" of="choose-vocabulary"
+tried = pd.DataFrame([measure(size) for size in range(1000, 1201, 50)])
+vocabulary = tried.loc[(tried["trained_share"] >= 0.4) & (tried["embedding_share"] <= 0.2), "vocabulary"].max()
 
 # %% alternative="the first in a search that meets all three" of="choose-vocabulary"
 vocabulary = next(
