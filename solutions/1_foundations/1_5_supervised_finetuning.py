@@ -161,6 +161,7 @@ assert set(got) == {"input_ids", "attention_mask", "labels"}, (
     f"The three keys are input_ids, attention_mask and labels; yours are {sorted(got)}"
 )
 for key, tensor in got.items():
+    assert isinstance(tensor, Tensor), f"{key} is a torch tensor; yours is a {type(tensor).__name__}"
     assert tensor.shape == (2, 5), f"{key} is (examples, longest) = (2, 5); yours is {tuple(tensor.shape)}"
     assert tensor.dtype == torch.int64, f"{key} holds whole numbers, torch.int64; yours is {tensor.dtype}"
 assert got["input_ids"].tolist() != [[5, 6, 8, 7, 2], [0, 0, 5, 9, 2]], (
@@ -206,6 +207,10 @@ assert collate([Example((), (4, 2))], pad_id=0)["labels"].tolist() == [[4, 2]], 
 
 # %% check="collate" points=1
 padded_with_end = collate([Example((5, 2, 6), (7, 2)), Example((5,), (2,))], pad_id=2)
+assert padded_with_end["attention_mask"].tolist() != [[0, 0, 0, 1, 1], [0, 1, 0, 0, 0]], (
+    "Your attention mask hides the prompt: it says what is read, and the prompt is read. The labels say what is learned"
+)
+assert padded_with_end["attention_mask"].min() == 0, "Your attention mask is 1 everywhere: on the padding it is 0"
 assert padded_with_end["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], (
     "Here the padding is the end-of-sequence token, 2, which also occurs inside: count the tokens, do not compare ids; "
     f"your mask is {padded_with_end['attention_mask'].tolist()}"
@@ -297,6 +302,14 @@ def collate(examples, pad_id):
     mask = torch.tensor([[1] * len(e) + [0] * (t - len(e)) for e in examples])
     labels = torch.tensor([[-100] * len(e.prompt) + [*e.answer] + [-100] * (t - len(e)) for e in examples])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels.masked_fill(ids == pad_id, -100)}
+
+
+# %% mistake="a mask of what is learned" of="collate" says="Your attention mask hides the prompt"
+def collate(examples, pad_id):
+    t = max(len(e) for e in examples)
+    ids = torch.tensor([[*e.prompt, *e.answer] + [pad_id] * (t - len(e)) for e in examples])
+    labels = torch.tensor([[-100] * len(e.prompt) + [*e.answer] + [-100] * (t - len(e)) for e in examples])
+    return {"input_ids": ids, "attention_mask": (labels != -100).long(), "labels": labels}
 
 
 # %% mistake="pads on the left" of="collate" says="You fill up on the left"
@@ -406,6 +419,7 @@ assert set(packed) == {"input_ids", "position_ids", "labels"}, (
     f"The keys are input_ids, position_ids and labels; yours are {sorted(packed)}"
 )
 for key, tensor in packed.items():
+    assert isinstance(tensor, Tensor), f"{key} is a torch tensor; yours is a {type(tensor).__name__}"
     assert (tensor.shape, tensor.dtype) == ((1, 8), torch.int64), (
         f"{key} is one row of 4 + 4 places, (1, 8) int64; yours is {tuple(tensor.shape)} {tensor.dtype}"
     )
@@ -417,6 +431,9 @@ assert packed["position_ids"].tolist() != [[0, 1, 2, 3, 4, 5, 6, 7]], (
 )
 assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]], (
     f"position_ids count from 0 in each example; yours are {packed['position_ids'].tolist()}"
+)
+assert packed["labels"][0, 3] == packed["labels"][0, 7] == 2, (
+    "The end of an answer is a label: its own example predicts it. It is an example's first token that nothing predicts"
 )
 assert packed["labels"].tolist() == [[-100, -100, 7, 2, -100, 9, 4, 2]], (
     f"labels are -100 on the prompts and the answers' ids at their places; yours are {packed['labels'].tolist()}"
@@ -460,6 +477,7 @@ assert not square[2:, :2].any(), (
 assert not square[0, 1], (
     "Place 0 looks at place 1, its own future: queries are the rows, keys the columns, and only j <= i counts"
 )
+assert square.diagonal().all(), "A place also looks at itself: j <= i, not j < i"
 assert square[4, 2], "Place 4 does not see place 2, which belongs to its own example and lies in the past"
 assert torch.equal(
     square, torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]).bool()
@@ -510,6 +528,22 @@ def block_mask(lengths):
 def pack(examples):
     ids = [t for e in examples for t in (*e.prompt, *e.answer)]
     labels = [t for e in examples for t in [-100] * len(e.prompt) + [*e.answer]]
+    positions = [i for e in examples for i in range(len(e))]
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "labels": torch.tensor([labels]),
+    }
+
+
+def block_mask(lengths):
+    return torch.block_diag(*[torch.ones(n, n).tril() for n in lengths]).bool()[None, None]
+
+
+# %% mistake="cuts the labels at the wrong end" of="pack" says="The end of an answer is a label"
+def pack(examples):
+    ids = [t for e in examples for t in (*e.prompt, *e.answer)]
+    labels = [t for e in examples for t in [*([-100] * len(e.prompt) + [*e.answer])[:-1], -100]]
     positions = [i for e in examples for i in range(len(e))]
     return {
         "input_ids": torch.tensor([ids]),
@@ -687,6 +721,9 @@ assert got != 0.0, (
     "A model that sums over everything before a place was acquitted: compare at the places of the other examples"
 )
 assert got == 2.0, f"In the example of the text the answer is 2.0, the largest absolute change; yours is {got}"
+assert isinstance(got, float), f"Return a Python float; yours is {type(got).__name__}"
+got = contamination(lambda ids: spread(ids.cumsum(1)) * (torch.arange(50) == 7), torch.tensor([[3, 5, 8]]), [2, 1])
+assert got == 2.0, f"One logit of 50 moves by 2.0: take the largest change over the vocabulary; you return {got}"
 ### BEGIN HIDDEN TESTS
 _rng = torch.Generator().manual_seed(2)
 for _lengths in ([1], [5], [2, 3], [1, 1, 1, 1], [4, 1, 2]):
@@ -703,6 +740,9 @@ guilty = {
     ),
     "only the third example is contaminated, by the second": lambda ids: spread(
         torch.cat([ids[:, :3], ids[:, 2:3] + ids[:, 3:]], dim=1)
+    ),
+    "only the first example is contaminated, by the third": lambda ids: spread(
+        torch.cat([ids[:, :2] + ids[:, 5:], ids[:, 2:]], dim=1)
     ),
     "its logits fall": lambda ids: spread(-ids.cumsum(1)),
     "two logits move in opposite directions": lambda ids: torch.stack([ids.cumsum(1), -ids.cumsum(1)], dim=-1).float(),
@@ -722,9 +762,12 @@ for _leak, _want in ((0.5, 1.5), (2.0, 6.0)):
     assert abs(_got - _want) < 1e-6, (
         f"Three tokens, each moved by 1, leak {_leak} each: the largest change is {_want}, not {_got}"
     )
-assert contamination(lambda ids: spread(ids.cumsum(1), 10), torch.tensor([[9, 0]]), [1, 1]) == 9.0, (
-    "(9 + 1) mod 10 is 0: the replaced token must stay in the vocabulary, whose size is the logits' last dimension"
-)
+for _vocabulary, _want in ((10, 9.0), (12, 1.0)):
+    _got = contamination(lambda ids, v=_vocabulary: spread(ids.cumsum(1), v), torch.tensor([[9, 0]]), [1, 1])
+    assert _got == _want, (
+        f"The token 9 becomes {10 % _vocabulary} when the logits have {_vocabulary} entries, their last dimension: the "
+        f"contamination is {_want}, yours is {_got}"
+    )
 ### END HIDDEN TESTS
 
 
@@ -768,6 +811,32 @@ def contamination(logits_of, input_ids, lengths):
         changed[:, start:end] = (changed[:, start:end] + 1) % before.shape[-1]
         moved = (logits_of(changed) - before).abs()[:, end:]
         worst, start = max([worst, *moved.flatten().tolist()]), end
+    return worst
+
+
+# %% mistake="leaves the last example alone" of="contamination" says="the first example is contaminated, by the third"
+def contamination(logits_of, input_ids, lengths):
+    before, worst, start = logits_of(input_ids), 0.0, 0
+    for length in lengths[:-1]:
+        end = start + length
+        changed = input_ids.clone()
+        changed[:, start:end] = (changed[:, start:end] + 1) % before.shape[-1]
+        moved = (logits_of(changed) - before).abs()
+        moved[:, start:end] = 0
+        worst, start = max(worst, moved.max().item()), end
+    return worst
+
+
+# %% mistake="the mean over the vocabulary" of="contamination" says="take the largest change over the vocabulary"
+def contamination(logits_of, input_ids, lengths):
+    before, worst, start = logits_of(input_ids), 0.0, 0
+    for length in lengths:
+        end = start + length
+        changed = input_ids.clone()
+        changed[:, start:end] = (changed[:, start:end] + 1) % before.shape[-1]
+        moved = (logits_of(changed) - before).abs().mean(-1)
+        moved[:, start:end] = 0
+        worst, start = max(worst, moved.max().item()), end
     return worst
 
 
@@ -943,7 +1012,8 @@ card.record(
 # - it leaves in `.grad` the gradient of the loss of the whole batch, $L$ from the beginning of the lesson: the mean over *all* counted labels of all micro-batches (to a relative 1e-6: sums in another order), and returns that loss as a `float`;
 # - a micro-batch is a dictionary with `input_ids`, `attention_mask`, `labels`, each `(n, t)`, with its own `n` and `t`. It may have no counted label at all, and then contributes nothing; the whole batch has at least one;
 # - which labels count? The logits at place $i$ predict the label at $i + 1$, so a label at place 0 is predicted by nothing: the model leaves it out of its loss, and your count must too. (`collate` puts −100 there unless a prompt is empty. Whoever sets `labels = input_ids` has a label there.)
-# - one backward pass a micro-batch: no more memory than before. The gradients are zero when it is called, and it makes no optimizer step.
+# - one backward pass a micro-batch, before the next one is read: only then does memory stay that of one micro-batch. The gradients are zero when it is called, and it makes no optimizer step.
+# - the micro-batches are the caller's: leave them as they are.
 #
 # Two micro-batches, one with 10 counted labels and a mean loss of 1.0, one with 30 and 2.0: the loss is 1.75, not 1.5. *About 6 lines.*
 #
@@ -1012,6 +1082,43 @@ for _sizes in ([1, 1, 1, 1], [1, 3], [3, 1], [2, 1, 1]):
 ### END HIDDEN TESTS
 
 # %% check="accumulate" points=1
+rows_alive, most_alive = 0, 0
+
+
+def opened(module: torch.nn.Module, inputs: Any, logits: Tensor) -> None:
+    """Count the rows whose logits wait for their backward pass."""
+    global rows_alive, most_alive
+    rows_alive += len(logits)
+    most_alive = max(most_alive, rows_alive)
+    logits.register_hook(lambda gradient: closed(len(gradient)))
+
+
+def closed(rows: int) -> None:
+    """Their backward pass has come."""
+    global rows_alive
+    rows_alive -= rows
+
+
+weights = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+parts = parts_of({key: tensor.clone() for key, tensor in whole.items()}, [1, 1, 1, 1])
+small.zero_grad()
+hook = small.lm_head.register_forward_hook(opened)
+try:
+    accumulate(small, parts)
+finally:
+    hook.remove()
+assert most_alive <= 1, (
+    f"{most_alive} rows wait for their backward pass at once, where a micro-batch has 1: call backward on each "
+    "micro-batch before you read the next. Memory is what accumulation is for"
+)
+assert all(torch.equal(weights[name], tensor) for name, tensor in small.state_dict().items()), (
+    "The weights have changed: accumulate leaves the gradient, and the optimizer step is the caller's"
+)
+assert [set(part) for part in parts] == [set(whole)] * 4, "You took entries out of the caller's micro-batches"
+for key, tensor in whole.items():
+    assert torch.equal(torch.cat([part[key] for part in parts]), tensor), f"You changed the caller's {key}"
+
+# %% check="accumulate" points=1
 everything = {key: tensor.clone() for key, tensor in whole.items()}
 everything["labels"] = everything["input_ids"].clone()  # labels at place 0 as well
 everything["labels"][:2, 3:] = everything["attention_mask"][:2, 3:] = 0
@@ -1023,6 +1130,10 @@ assert off < 1e-6, (
 ### BEGIN HIDDEN TESTS
 _mine, _loss, _off = accumulated(everything, [1, 1, 2])
 assert abs(_mine - _loss) < 1e-6, f"With labels at place 0 the loss is {_loss:.6f}, you return {_mine:.6f}"
+_short, _long = parts_of(everything, [2, 2])
+_short = {key: tensor[:, :3] for key, tensor in _short.items()}  # the same batch, with the padding cut off
+_mine = accumulate(small, [_short, _long])
+assert abs(_mine - _loss) < 1e-6, f"Micro-batches of widths 3 and 9: the loss is {_loss:.6f}, you return {_mine:.6f}"
 ### END HIDDEN TESTS
 
 # %% check="accumulate" points=1
@@ -1079,6 +1190,39 @@ def accumulate(model, micro_batches):
     for batch in micro_batches:
         model.zero_grad()
         loss = model(**batch, use_cache=False, num_items_in_batch=n).loss
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+# %% mistake="one backward pass at the end" of="accumulate" says="wait for their backward pass at once"
+def accumulate(model, micro_batches):
+    n = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
+    loss = sum(model(**batch, use_cache=False, num_items_in_batch=n).loss for batch in micro_batches)
+    loss.backward()
+    return loss.item()
+
+
+# %% mistake="makes the step as well" of="accumulate" says="the optimizer step is the caller's"
+def accumulate(model, micro_batches):
+    n = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
+    total = 0.0
+    for batch in micro_batches:
+        loss = model(**batch, use_cache=False, num_items_in_batch=n).loss
+        loss.backward()
+        total += loss.item()
+    SGD(model.parameters(), lr=0.1).step()
+    return total
+
+
+# %% mistake="takes the labels out of the batch" of="accumulate" says="You took entries out of the caller's micro-batches"
+def accumulate(model, micro_batches):
+    n = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
+    total = 0.0
+    for batch in micro_batches:
+        targets = batch.pop("labels")[:, 1:].flatten()
+        logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / n
         loss.backward()
         total += loss.item()
     return total
@@ -1256,13 +1400,21 @@ assert abs(got - 0.5) < 1e-12, f"Half-way between step 4 and step 10, cosine is 
 assert rate_factor(12, 4, 10, "linear") == 0.0, (
     f"After step n the rate stays 0; yours is {rate_factor(12, 4, 10, 'linear'):.2f}, and a negative rate climbs the loss"
 )
-try:
-    rate_factor(5, 4, 10, "square")
-except ValueError:
-    refused = True
-else:
-    refused = False
-assert refused, "An unknown shape must raise ValueError: a typing error would train with another schedule"
+assert rate_factor(12, 4, 10, "cosine") == 0.0, (
+    f"After step n cosine stays 0 too; yours is {rate_factor(12, 4, 10, 'cosine'):.2f}: it must not climb again"
+)
+assert rate_factor(0, 0, 10, "cosine") == 1.0, "Without a warm-up, step 0 has the full rate"
+for step in (5, 1):
+    try:
+        rate_factor(step, 4, 10, "square")
+    except ValueError:
+        refused = True
+    else:
+        refused = False
+    assert refused, (
+        f"An unknown shape must raise ValueError at every step, also at step {step} of a warm-up of 4: "
+        "a typing error would train with another schedule"
+    )
 ### BEGIN HIDDEN TESTS
 for _warmup, _total in ((0, 7), (3, 20), (1, 2), (10, 11), (25, 100)):
     for _shape in ("linear", "cosine"):
@@ -1351,6 +1503,36 @@ def rate_factor(step, warmup, total, shape):
         return step / warmup
     progress = (step - warmup) / (total - warmup)
     return 1 - progress if shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def optimizer_steps(examples, batch_size, accumulation, epochs):
+    return math.ceil(math.ceil(examples / batch_size) / accumulation) * epochs
+
+
+# %% mistake="a cosine that climbs again" of="schedule" says="it must not climb again"
+def rate_factor(step, warmup, total, shape):
+    if shape not in ("linear", "cosine"):
+        raise ValueError(shape)
+    if step < warmup:
+        return step / warmup
+    progress = (step - warmup) / (total - warmup)
+    return max(0.0, 1 - progress) if shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def optimizer_steps(examples, batch_size, accumulation, epochs):
+    return math.ceil(math.ceil(examples / batch_size) / accumulation) * epochs
+
+
+# %% mistake="looks at the shape after the warm-up" of="schedule" says="also at step 1 of a warm-up of 4"
+def rate_factor(step, warmup, total, shape):
+    if step < warmup:
+        return step / warmup
+    progress = min(1.0, (step - warmup) / (total - warmup))
+    if shape == "linear":
+        return 1 - progress
+    if shape == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    raise ValueError(shape)
 
 
 def optimizer_steps(examples, batch_size, accumulation, epochs):
@@ -1814,7 +1996,7 @@ assert choose(table, 0.25) == "b", (
     "In its second run a rises by 0.4: it is not admissible at 0.25, whatever its exact match and its mean rise; "
     f"you choose {choose(table, 0.25)!r}"
 )
-assert choose(table, 0.2) == "b", "A rise of exactly the limit is allowed: at most"
+assert choose(table, 0.4) == "a", "A rise of exactly the limit is allowed: at most"
 nothing_fits = choose(table, 0.05)
 assert nothing_fits == "b", (
     f"With a limit of 0.05 nothing is admissible: take the smallest worst rise, b with 0.2; you return {nothing_fits!r}"
@@ -1822,6 +2004,9 @@ assert nothing_fits == "b", (
 lucky = {"lucky": [(1.0, 0.1), (0.2, 0.1), (0.3, 0.1)], "steady": [(0.7, 0.1), (0.7, 0.1), (0.7, 0.1)]}
 assert choose(lucky, 1.0) == "steady", (
     "One lucky run is no better plan: compare the mean over the runs, 0.5 against 0.7"
+)
+assert choose({"improves": [(0.9, -0.6)], "keeps": [(0.5, 0.0)]}, 0.25) == "improves", (
+    "A negative rise is a stream that is predicted better than before: no reason to refuse a plan"
 )
 uneven = {"x": [(0.8, 0.2), (0.8, 0.2)], "y": [(0.7, 0.0), (0.7, 0.3)]}
 assert choose(uneven, 0.1) == "x", (
@@ -1864,6 +2049,16 @@ def choose(outcomes, limit):
     if kept:
         return max(kept, key=lambda n: np.mean([right for right, _ in outcomes[n]]))
     return min(outcomes, key=lambda n: max(rise for _, rise in outcomes[n]))
+
+
+# %% mistake="refuses the limit itself" of="decide" says="A rise of exactly the limit is allowed"
+my_plan, predicted_exact_match, predicted_rise = Plan(), 0.9, 0.5
+
+
+def choose(outcomes, limit):
+    worst = {n: max(rise for _, rise in outcomes[n]) for n in outcomes}
+    kept = [n for n in outcomes if worst[n] < limit]
+    return max(kept, key=lambda n: np.mean([right for right, _ in outcomes[n]])) if kept else min(worst, key=worst.get)
 
 
 # %% mistake="gives up when nothing fits" of="decide" says="With a limit of 0.05 nothing is admissible"
