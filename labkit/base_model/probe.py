@@ -60,9 +60,12 @@ def validation(
     return Loss(total / tokens, floor, tokens)
 
 
-def reading_prompt(draw: Draw, passages: int) -> tuple[str, str]:
-    """Passages about entities of one kind that give the same attributes, a question about one, and its answer."""
-    kind = draw.pick(DOMAINS[draw.pick(("company", "port"))].kinds)
+def reading_prompt(draw: Draw, passages: int, domain: str | None = None) -> tuple[str, str]:
+    """Passages about entities of one kind that give the same attributes, a question about one, and its answer.
+
+    `domain` is "company" or "port"; by default it is drawn.
+    """
+    kind = draw.pick(DOMAINS[domain or draw.pick(("company", "port"))].kinds)
     attributes = draw.order(kind.attributes, 3)
     entities = [kind.name(draw) for _ in range(passages)]
     facts = [[new_fact(draw, kind, e, a, may_change=False) for a in draw.order(attributes)] for e in entities]
@@ -74,12 +77,20 @@ def reading_prompt(draw: Draw, passages: int) -> tuple[str, str]:
 
 @torch.no_grad()
 def copying(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, passages: int, *, questions: int = 128
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    passages: int,
+    *,
+    questions: int = 128,
+    domain: str | None = None,
 ) -> float:
-    """The share of answers that the base model gives exactly (greedy, no finetuning) after passages and a question."""
+    """The share of answers that the model gives exactly (greedy) after passages and a question, in plain text.
+
+    Both domains, "company" and "port", are asked about unless `domain` names one.
+    """
     rows, spans = [], []
     for i in range(questions):
-        prompt, answer = reading_prompt(Draw("copying", VALIDATION_SEEDS[0], passages, i), passages)
+        prompt, answer = reading_prompt(Draw("copying", VALIDATION_SEEDS[0], passages, i), passages, domain)
         ids = tokenizer(prompt)["input_ids"]
         target = tokenizer(answer, add_special_tokens=False)["input_ids"]
         rows.append(ids + target)

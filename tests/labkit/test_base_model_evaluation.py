@@ -7,8 +7,10 @@ from labkit import base_model
 from labkit.base_model.card import TARGETS, written
 from labkit.base_model.evaluate import Quantity, exact, quantity, reading_pairs
 from labkit.base_model.finetune import Pair, encode
-from labkit.base_model.probe import IGNORED, copying, validation
+from labkit.base_model.probe import IGNORED, copying, reading_prompt, validation
 from labkit.world import World
+from labkit.world.domains import DOMAINS
+from labkit.world.draw import Draw
 
 MODEL, TOKENIZER = base_model.load("shipped")
 
@@ -39,6 +41,17 @@ def test_a_reading_prompt_holds_its_answer_once_in_the_gold_passage(passages: in
         assert len(TOKENIZER(pair.prompt)["input_ids"]) <= 512
     texts = {p.text for p in World(1).passages()} | {p.text for p in World(2).passages()}
     assert sum(line in texts for line in pairs[0].prompt.split("\n")) in (0, passages)
+
+
+@pytest.mark.parametrize(("domain", "other"), [("company", "port"), ("port", "company")])
+def test_a_reading_prompt_keeps_to_the_domain_it_was_asked_for(domain: str, other: str) -> None:
+    def nouns(key: str) -> set[str]:
+        return {kind.key for kind in DOMAINS[key].kinds}
+
+    prompts = [reading_prompt(Draw("domains", i), 1, domain)[0] for i in range(40)]
+    words = {word for prompt in prompts for word in re.findall("[a-z]+", prompt.lower())}
+    assert words & (nouns(domain) - nouns(other))
+    assert not words & (nouns(other) - nouns(domain))
 
 
 def test_the_prompt_is_no_label() -> None:
