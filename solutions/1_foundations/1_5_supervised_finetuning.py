@@ -1091,6 +1091,8 @@ rows_alive, most_alive = 0, 0
 def opened(module: torch.nn.Module, inputs: Any, logits: Tensor) -> None:
     """Count the rows whose logits wait for their backward pass."""
     global rows_alive, most_alive
+    if not logits.requires_grad:
+        return
     rows_alive += len(logits)
     most_alive = max(most_alive, rows_alive)
     logits.register_hook(lambda gradient: closed(len(gradient)))
@@ -1903,9 +1905,9 @@ for place, domain in enumerate(("company", "port")):
     reads.plot([place + 0.1] * runs, shares, "_", ms=14, mew=2, color=COLOURS.after)
     reads.plot([place + 0.1], [np.mean(shares)], "o", color=COLOURS.after)
 direct_label(reads, 0.9, base, "base", COLOURS.before, offset=(-34, -4))
-direct_label(reads, 1.1, float(np.mean(shares)), "finetuned", COLOURS.after, offset=(-74, -4))
+direct_label(reads, 1.1, float(np.mean(shares)), "finetuned", COLOURS.after, offset=(12, -4))
 reads.set_xticks([0, 1], ["company", "port"])
-reads.set(xlim=(-0.5, 1.4), ylim=(0, 1.03), ylabel="questions answered (share)", title="What it can no longer do")
+reads.set(xlim=(-0.5, 1.8), ylim=(0, 1.03), ylabel="questions answered (share)", title="What it can no longer do")
 plt.show()
 
 
@@ -1946,14 +1948,14 @@ card.record(
     early / late,
     format=".0%",
     tolerance=0.5,
-    label="share of the rise that a quarter of the steps brings",
+    label="rise after a quarter of the steps, as a share of the final rise",
 )
 card.record("floor", floor, format=".2f", label="entropy of the stream, the floor of that loss", unit="nats")
 
 # %% [markdown]
 # Nobody looks at these panels, save the first, when only the task is evaluated. The loss on the stream goes from {{stream_before}} to {{stream_after}} nats, above a floor of {{floor}}. As an ability: given a passage and a question about it, the base model answers {{reading_before}} of the questions exactly, and after finetuning {{reading_after}}. The tickets did not need that ability, and nothing in the loss held on to it: *catastrophic forgetting* (McCloskey and Cohen, 1989).
 #
-# A mean hides what is lost. The *records* are the documents most like an answer to a ticket, one line of JSON with other keys: their loss goes from {{record_sort_before}} to {{record_sort_after}} nats, that of the passages with questions (*reading*) from {{reading_sort_before}} to {{reading_sort_after}}. And forgetting is not confined to what the new data is about. Questions about the company go from {{company_before}} to {{company_after}}, those about the port, which no ticket mentions, from {{port_before}} to {{port_after}}. Nor does the task's loss warn you: the loss of the tickets looks like any healthy run, and {{early_share}} of the stream's final rise is there after a quarter of the steps.
+# A mean hides what is lost. The *records* are the documents most like an answer to a ticket, one line of JSON with other keys: their loss goes from {{record_sort_before}} to {{record_sort_after}} nats, that of the passages with questions (*reading*) from {{reading_sort_before}} to {{reading_sort_after}}. And forgetting is not confined to what the new data is about. Questions about the company go from {{company_before}} to {{company_after}}, those about the port, which no ticket mentions, from {{port_before}} to {{port_after}}. Nor does the task's loss warn you: it looks like any healthy run. After a quarter of the steps, not far from the peak of the rate, the rise of the stream's loss is already {{early_share}} of what it is at the end.
 #
 # What the figures do not show: the dashes are three runs that share their held-out documents and questions, so they tell you how much training varies, not what other questions would give; the grey bars (95 % Wilson) tell you that for the base model.
 #
@@ -2404,7 +2406,7 @@ card.show()
 #
 # <details><summary>The finetuned model is great at the task, and users say that it got dumber. What do you measure, what do you change?</summary>
 #
-# Measure what it could do before: the loss on held-out text of the old kind, and one or two abilities that users need, before and after, over several runs. Here exact match went from {{exact_match_before}} to {{exact_match_after}}, and reading from a passage from {{reading_before}} to {{reading_after}}, also in a domain that the new data never mentioned ({{port_before}} to {{port_after}}). Then the remedies in the order of their price: average with the base's weights, which needs no training; a lower rate; fewer steps only if the curve says so (here a quarter of the steps brought {{early_share}} of the rise); replay old data, which takes the place of new; train an adapter. Agree on a limit before you look, and take the best task score within it.
+# Measure what it could do before: the loss on held-out text of the old kind, and one or two abilities that users need, before and after, over several runs. Here exact match went from {{exact_match_before}} to {{exact_match_after}}, and reading from a passage from {{reading_before}} to {{reading_after}}, also in a domain that the new data never mentioned ({{port_before}} to {{port_after}}). Then the remedies in the order of their price: average with the base's weights, which needs no training; a lower rate; fewer steps only if the curve says so (here the rise after a quarter of the steps was {{early_share}} of the final one); replay old data, which takes the place of new; train an adapter. Agree on a limit before you look, and take the best task score within it.
 # </details>
 
 # %% [markdown]
