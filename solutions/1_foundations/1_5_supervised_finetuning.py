@@ -506,7 +506,8 @@ with torch.no_grad():
     full = torch.zeros(1, 1, 17, 17).masked_fill(~block_mask([4, 7, 6]), -1e30)
     packed_loss = tiny(**row, attention_mask=full, use_cache=False).loss.item()
 assert abs(packed_loss - summed / 10) < 1e-5, (
-    f"Packed, the loss is {packed_loss:.6f}; the examples alone give {summed / 10:.6f} a token. Something still leaks"
+    f"Packed, the loss is {packed_loss:.6f}; the examples alone give {summed / 10:.6f} a token: an example "
+    "reads another one, or other labels count"
 )
 
 
