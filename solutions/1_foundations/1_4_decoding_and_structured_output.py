@@ -199,7 +199,11 @@ assert got.shape == (2, 3), f"(2, 3) logits must give (2, 3) probabilities; your
 assert torch.allclose(got.sum(dim=-1), torch.ones(2)), (
     f"Each row must sum to 1; yours sum to {got.sum(dim=-1).tolist()}: softmax over the tokens, the last dimension"
 )
+given = two_rows.clone()
 got = distribution(two_rows[:1], temperature=0.5)
+assert torch.equal(two_rows, given), (
+    "You changed the logits you were given: the caller still needs them; work on a new tensor"
+)
 assert not near(got, [[0.2628, 0.4155, 0.3217]]), (
     "A temperature below 1 must sharpen: divide the logits by it, do not multiply"
 )
@@ -225,7 +229,7 @@ for _n, _v, _t, _k in [(1, 1, 0.7, 1), (4, 9, 1.7, 3), (3, 20, 0.3, 50), (2, 5, 
     _logits = torch.randn(_n, _v, generator=_generator, dtype=torch.float64)
     _kept = _logits.clone()
     _got = distribution(_logits, temperature=_t, top_k=_k)
-    assert torch.equal(_logits, _kept), "Do not change the logits you are given: work on a new tensor"
+    assert torch.equal(_logits, _kept), "You changed the logits you were given: work on a new tensor"
     assert _got.dtype == torch.float64, f"Keep the dtype of the logits, float64; yours is {_got.dtype}"
     _warped = TopKLogitsWarper(_k)(None, TemperatureLogitsWarper(_t)(None, _logits))
     assert torch.allclose(_got, _warped.softmax(dim=-1)), (
@@ -237,7 +241,9 @@ assert near(_got, [[0.25] * 4]), "When all tokens tie, top_k=1 keeps them all"
 
 # %% check="distribution" points=2
 row = torch.tensor([[0.125, 0.05, 0.5, 0.325]]).log()
+given = row.clone()
 got = distribution(row, top_p=0.6)
+assert torch.equal(row, given), "You changed the logits you were given: the caller still needs them; fill a new tensor"
 assert not torch.isnan(got).any(), (
     "The kept set is empty: the most probable token always stays, so nothing is divided by 0"
 )
@@ -257,7 +263,7 @@ assert near(got, [[0.0, 0.0, 1.0, 0.0]]), (
 assert near(distribution(row, top_p=0.0), [[0.0, 0.0, 1.0, 0.0]]), (
     "top_p=0 must keep the most probable token, never none"
 )
-assert near(distribution(row, top_p=1.0), [[0.125, 0.05, 0.5, 0.325]]), "top_p=1 is off: every token stays"
+assert near(distribution(given, top_p=1.0), [[0.125, 0.05, 0.5, 0.325]]), "top_p=1 is off: every token stays"
 ### BEGIN HIDDEN TESTS
 _generator = torch.Generator().manual_seed(4)
 for _n, _v, _p in [(1, 1, 0.5), (6, 11, 0.9), (3, 40, 0.35), (4, 2, 0.99), (2, 8, 0.01)]:
@@ -403,6 +409,22 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=1.0):
     return (logits * temperature).softmax(dim=-1)
 
 
+# %% mistake="works in place" of="distribution" says="You changed the logits you were given"
+def distribution(logits, temperature=1.0, top_k=None, top_p=1.0):
+    if not temperature > 0:
+        raise ValueError("temperature")
+    logits /= temperature
+    if top_k is not None:
+        k = min(top_k, logits.shape[-1])
+        logits[logits < logits.topk(k).values[:, -1:]] = -math.inf
+    if top_p < 1:
+        values, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        gone = values.cumsum(dim=-1) - values >= top_p
+        gone[:, 0] = False
+        logits[gone.gather(-1, order.argsort(dim=-1))] = -math.inf
+    return logits.softmax(dim=-1)
+
+
 # %% alternative="row by row, with Python numbers" of="distribution"
 def distribution(logits, temperature=1.0, top_k=None, top_p=1.0):
     if temperature <= 0:
@@ -435,7 +457,7 @@ chain = LogitsProcessorList([TemperatureLogitsWarper(1.5), TopKLogitsWarper(50),
 filter_error = (distribution(note_logits, 1.5, 50, 0.9) - chain(None, note_logits).softmax(dim=-1)).abs().max().item()
 print(f"largest difference of {note_logits.numel():,d} probabilities: {filter_error:.1e}")
 card.record(
-    "filter_error", filter_error, format=".0e", label="largest difference to transformers' samplers", tolerance=1e-9
+    "filter_error", filter_error, format=".1g", label="largest difference to transformers' samplers", tolerance=1e-9
 )
 
 # %% [markdown]
@@ -667,6 +689,17 @@ tokens, _ = beam_search(table_model({}, (0.1, 0.6, 0.3)), 1, 3, 0, length_penalt
 assert tuple(tokens) == (1, 1, 1), (
     f"A text that is cut off after max_new_tokens counts as finished: (1, 1, 1) here; yours is {tuple(tokens)}"
 )
+# The finished text has the probability 0.2, the one that is cut off 0.7 * 0.9.
+cut_off = table_model({(): (0.2, 0.7, 0.1)}, (0.04, 0.9, 0.06))
+tokens, _ = beam_search(cut_off, 2, 2, 0, length_penalty=0.0)
+assert tuple(tokens) == (1, 1), (
+    "A text that is cut off counts as finished even where others ended by themselves: (1, 1) with 0.63 beats (0,) with "
+    f"0.2; yours is {tuple(tokens)}"
+)
+# The same as the first, with the tokens renamed: here 2 ends the text.
+renamed = table_model({(): (0.4, 0.58, 0.02), (1,): (0.25, 0.35, 0.4), (0,): (0.06, 0.04, 0.9)}, (0.05, 0.15, 0.8))
+tokens, _ = beam_search(renamed, 2, 4, 2, length_penalty=0.0)
+assert tuple(tokens) == (0, 2), f"With end=2 the best text is (0, 2): take the end token from `end`; yours is {tokens}"
 
 
 ### BEGIN HIDDEN TESTS
@@ -896,6 +929,44 @@ def beam_search(next_log_probs, beams, max_new_tokens, end, length_penalty=1.0):
     return tokens, value / len(tokens) ** length_penalty
 
 
+# %% mistake="forgets the texts that are cut off" of="beam-search" says="even where others ended by themselves"
+def beam_search(next_log_probs, beams, max_new_tokens, end, length_penalty=1.0):
+    live, finished = [((), 0.0)], []
+    for _ in range(max_new_tokens):
+        log_probs = next_log_probs([tokens for tokens, _ in live])
+        extended = sorted(
+            (
+                ((*tokens, token), value + p)
+                for (tokens, value), row in zip(live, log_probs.tolist(), strict=True)
+                for token, p in enumerate(row)
+            ),
+            key=lambda one: -one[1],
+        )
+        finished += [one for one in extended[:beams] if one[0][-1] == end]
+        live = [one for one in extended if one[0][-1] != end][:beams]
+    tokens, value = max(finished or live, key=lambda one: one[1] / len(one[0]) ** length_penalty)
+    return tokens, value / len(tokens) ** length_penalty
+
+
+# %% mistake="takes token 0 for the end" of="beam-search" says="take the end token from `end`"
+def beam_search(next_log_probs, beams, max_new_tokens, end, length_penalty=1.0):
+    live, finished = [((), 0.0)], []
+    for _ in range(max_new_tokens):
+        log_probs = next_log_probs([tokens for tokens, _ in live])
+        extended = sorted(
+            (
+                ((*tokens, token), value + p)
+                for (tokens, value), row in zip(live, log_probs.tolist(), strict=True)
+                for token, p in enumerate(row)
+            ),
+            key=lambda one: -one[1],
+        )
+        finished += [one for one in extended[:beams] if one[0][-1] == 0]
+        live = [one for one in extended if one[0][-1] != 0][:beams]
+    tokens, value = max(finished + live, key=lambda one: one[1] / len(one[0]) ** length_penalty)
+    return tokens, value / len(tokens) ** length_penalty
+
+
 # %% alternative="a table of tensors instead of lists" of="beam-search"
 def beam_search(next_log_probs, beams, max_new_tokens, end, length_penalty=1.0):
     prefixes, values = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1)
@@ -1068,8 +1139,10 @@ def safe_cuts(encode: Callable[[str], list[int]], text: str) -> list[int]:
 
 
 # %% check="safe-cuts" points=2
-def longest_match(vocabulary: list[str], opening: tuple[int, ...] = ()) -> Callable[[str], list[int]]:
-    """An encoder that takes the longest entry of the vocabulary at each place; `opening` are ids it puts in front."""
+def longest_match(
+    vocabulary: list[str], opening: tuple[int, ...] = (), closing: tuple[int, ...] = ()
+) -> Callable[[str], list[int]]:
+    """An encoder that takes the longest entry of the vocabulary at each place, between two fixed groups of ids."""
 
     def encode(text: str) -> list[int]:
         ids = list(opening)
@@ -1077,7 +1150,7 @@ def longest_match(vocabulary: list[str], opening: tuple[int, ...] = ()) -> Calla
             entry = max((entry for entry in vocabulary if text.startswith(entry)), key=len)
             ids.append(vocabulary.index(entry))
             text = text.removeprefix(entry)
-        return ids
+        return [*ids, *closing]
 
     return encode
 
@@ -1094,12 +1167,22 @@ assert 1 not in got, (
     "A cut at 1 gives as many tokens as the whole, but others: compare the ids, not their number or text"
 )
 assert got == [2], f'"aab" is "aa b", so only a cut at 2 is safe; yours are {got}'
+got = safe_cuts(pairs, "aaa")
+assert got == [2], (
+    f'"aaa" is "aa a"; cut at 1 it is "a aa", the same ids in another order, which the model reads as another text: only '
+    f"2 is safe; yours are {got}"
+)
 # This one puts an id in front of every text, as tokenizers do with special tokens.
 marked = longest_match(["a", "b", "c"], opening=(9,))
 got = safe_cuts(marked, "abc")
 assert got == [], (
     f"This encoder puts an id in front of every text, so no cut is safe: the second part would carry it too; yours are {got}. "
     "That the first part's ids begin the whole's is not enough"
+)
+got = safe_cuts(longest_match(["a", "b", "c"], closing=(9,)), "abc")
+assert got == [], (
+    f"This encoder puts an id behind every text, so the first part would end with it: no cut is safe; yours are {got}. "
+    "That the second part's ids end the whole's is not enough"
 )
 ### BEGIN HIDDEN TESTS
 _rng = np.random.default_rng(4)
@@ -1126,6 +1209,18 @@ def safe_cuts(encode, text):
 def safe_cuts(encode, text):
     whole = encode(text)
     return [i for i in range(1, len(text)) if whole[: len(encode(text[:i]))] == encode(text[:i])]
+
+
+# %% mistake="asks whether the second part ends the whole" of="safe-cuts" says="the second part's ids end the whole's"
+def safe_cuts(encode, text):
+    whole = encode(text)
+    return [i for i in range(1, len(text)) if whole[-len(encode(text[i:])) :] == encode(text[i:])]
+
+
+# %% mistake="compares the ids without their order" of="safe-cuts" says="the same ids in another order"
+def safe_cuts(encode, text):
+    whole = sorted(encode(text))
+    return [i for i in range(1, len(text)) if sorted(encode(text[:i]) + encode(text[i:])) == whole]
 
 
 # %% mistake="takes the two ends for cuts" of="safe-cuts" says="A cut leaves something on both sides"
@@ -1211,6 +1306,7 @@ print(f"{len(admitted)} valid answers to this ticket, of {min(map(len, admitted)
 # <details><summary>Hint 3</summary>In the call: <code>masked = torch.full_like(scores, -math.inf)</code>; for each row walk its trie along <code>input_ids[row, prompt_length:].tolist()</code>, take <code>allowed = list(node) or [end]</code>, and copy <code>scores[row, allowed]</code> into the same places of <code>masked</code>.</details>
 
 # %% exercise="triage-processor" difficulty=3 minutes=15
+predicted_exact = None
 ### BEGIN SOLUTION
 predicted_exact = 0.02
 ### END SOLUTION
@@ -1260,6 +1356,10 @@ def allowed_by(processor: LogitsProcessor, ids: list[list[int]], v: int = 10) ->
     assert isinstance(out, Tensor), f"Return a tensor of scores; yours is {type(out).__name__}"
     assert out.shape == given.shape, f"Return scores of shape {tuple(given.shape)}"
     assert torch.equal(scores, given), "You changed the scores you were given: fill a new tensor"
+    assert not ((out < given - 100) & (out > -math.inf)).any(), (
+        "A large negative score is not minus infinity: in a row where every score is that low the token may be drawn "
+        "after all; use -math.inf"
+    )
     left = out > -math.inf
     assert torch.equal(out[left], given[left]), (
         "Allowed tokens must keep the model's scores; otherwise the constraint chooses, and not the model"
@@ -1285,6 +1385,8 @@ assert got == [[0, 6]], f"(5,) is an answer and begins another one: allow the en
 got = allowed_by(three_answers(), [[1, 1, 8, 0]])
 assert got != [[]], "After the end token nothing is left, and softmax would divide by zero: allow the end token"
 assert got == [[0]], f"After the end token allow the end token alone; you allow {got[0]}"
+got = allowed_by(TrieLogitsProcessor([[(5,), (8,)]], prompt_length=1, end=3), [[1, 5], [1, 8]])
+assert got == [[3], [3]], f"With end=3 a whole answer is followed by 3: take the end token from `end`; you allow {got}"
 ### BEGIN HIDDEN TESTS
 _rng = np.random.default_rng(2)
 for _count, _length, _start in [(1, 1, 0), (6, 4, 3), (40, 5, 1), (12, 3, 7)]:
@@ -1439,6 +1541,41 @@ class TrieLogitsProcessor(LogitsProcessor):
         for row, left in enumerate(self.left):
             ways = list({a[place] for a in left if len(a) > place} or {self.end})
             out[row, ways] = scores[row, ways]
+        return out
+
+
+# %% mistake="a large negative number for minus infinity" of="triage-processor" says="is not minus infinity"
+predicted_exact = 0.1
+
+
+class TrieLogitsProcessor(LogitsProcessor):
+    def __init__(self, answers, prompt_length, end):
+        self.answers = [[(*a, end) for a in part] for part in answers]
+        self.prompt_length, self.end = prompt_length, end
+
+    def __call__(self, input_ids, scores):
+        out = torch.full_like(scores, -1e9)
+        for row, done in enumerate(input_ids[:, self.prompt_length :].tolist()):
+            part = self.answers[row * len(self.answers) // len(input_ids)]
+            ways = {a[len(done)] for a in part if len(a) > len(done) and a[: len(done)] == tuple(done)} or {self.end}
+            out[row, list(ways)] = scores[row, list(ways)]
+        return out
+
+
+# %% mistake="takes token 0 for the end" of="triage-processor" says="take the end token from `end`"
+predicted_exact = 0.1
+
+
+class TrieLogitsProcessor(LogitsProcessor):
+    def __init__(self, answers, prompt_length, end):
+        self.answers, self.prompt_length = [[(*a, 0) for a in part] for part in answers], prompt_length
+
+    def __call__(self, input_ids, scores):
+        out = torch.full_like(scores, -math.inf)
+        for row, done in enumerate(input_ids[:, self.prompt_length :].tolist()):
+            part = self.answers[row * len(self.answers) // len(input_ids)]
+            ways = {a[len(done)] for a in part if len(a) > len(done) and a[: len(done)] == tuple(done)} or {0}
+            out[row, list(ways)] = scores[row, list(ways)]
         return out
 
 
@@ -1700,7 +1837,7 @@ def broken_speculate(
 ) -> Decoded:
     """Decode with drafts. Do not use: it has four bugs."""
     ids, passes, drafted, accepted = list(prompt), 0, 0, 0
-    while len(ids) < len(prompt) + max_new_tokens and ids[-1] != end:
+    while len(ids) < len(prompt) + max_new_tokens and end not in ids[len(prompt) :]:
         guess = draft(ids)
         chosen = choices(ids + guess)[len(ids) - 1 :]
         passes, drafted = passes + 1, drafted + len(guess)
@@ -1779,14 +1916,19 @@ def step_model(ids: list[int]) -> list[int]:
 
 def tokens_with(draft: Callable[[list[int]], list[int]], prompt: list[int], wanted: int, end: int = -1) -> list[int]:
     """The tokens that speculate returns; stops a version that would never end."""
-    calls = []
+    calls, given = [], list(prompt)
 
     def choices(ids: list[int]) -> list[int]:
         calls.append(ids)
         assert len(calls) <= wanted + 2, "More passes than tokens: each pass must add at least the target's own token"
         return step_model(ids)
 
-    return list(speculate(choices, draft, prompt, wanted, end).tokens)
+    out = speculate(choices, draft, prompt, wanted, end)
+    assert isinstance(out, Decoded), f"Return Decoded(tokens, passes, drafted, accepted); yours is {out!r}"
+    assert prompt == given, (
+        "You changed the caller's prompt: the next text would start with this one; copy the list first"
+    )
+    return list(out.tokens)
 
 
 truth = own_text(step_model, [3, 4], 9, end=-1)
@@ -1806,6 +1948,12 @@ got = tokens_with(lambda ids: [*truth, 5][len(ids) - 2 :], [3, 4], 9, end=last)
 assert got == truth[: first_end + 1], (
     f"The text ends with the first end token ({last} here), also when it is accepted in the middle of a guess: "
     f"{truth[: first_end + 1]}; yours is {got}"
+)
+after_end = own_text(step_model, [3, 4], 3, end=4)
+got = tokens_with(lambda ids: [], [3, 4], 3, end=4)
+assert got == after_end, (
+    "This prompt ends with the end token, as the turn of a chat does: look for the end token in what was generated, "
+    f"not in the prompt. The greedy text is {after_end}, yours is {got}"
 )
 ### BEGIN HIDDEN TESTS
 _rng = np.random.default_rng(6)
@@ -1933,6 +2081,38 @@ def speculate(choices, draft, prompt, max_new_tokens, end):
         passes, drafted, accepted = passes + 1, drafted + len(guess), accepted + min(kept, len(new))
         tokens += new
     return Decoded(tokens, passes, drafted, accepted)
+
+
+# %% mistake="looks for the end token in the prompt" of="speculate" says="not in the prompt"
+def speculate(choices, draft, prompt, max_new_tokens, end):
+    ids, passes, drafted, accepted = list(prompt), 0, 0, 0
+    while len(ids) < len(prompt) + max_new_tokens and ids[-1] != end:
+        guess = draft(list(ids))[: len(prompt) + max_new_tokens - len(ids) - 1]
+        chosen = choices(ids + guess)[len(ids) - 1 :]
+        kept = 0
+        while kept < len(guess) and guess[kept] == chosen[kept]:
+            kept += 1
+        new = chosen[: kept + 1]
+        new = new[: new.index(end) + 1] if end in new else new
+        passes, drafted, accepted = passes + 1, drafted + len(guess), accepted + min(kept, len(new))
+        ids += new
+    return Decoded(ids[len(prompt) :], passes, drafted, accepted)
+
+
+# %% mistake="writes into the prompt" of="speculate" says="You changed the caller's prompt"
+def speculate(choices, draft, prompt, max_new_tokens, end):
+    ids, start, passes, drafted, accepted = prompt, len(prompt), 0, 0, 0
+    while len(ids) < start + max_new_tokens and end not in ids[start:]:
+        guess = draft(list(ids))[: start + max_new_tokens - len(ids) - 1]
+        chosen = choices(ids + guess)[len(ids) - 1 :]
+        kept = 0
+        while kept < len(guess) and guess[kept] == chosen[kept]:
+            kept += 1
+        new = chosen[: kept + 1]
+        new = new[: new.index(end) + 1] if end in new else new
+        passes, drafted, accepted = passes + 1, drafted + len(guess), accepted + min(kept, len(new))
+        ids += new
+    return Decoded(ids[start:], passes, drafted, accepted)
 
 
 # %% mistake="reads the choices one place too late" of="speculate" says="Without a guess it is plain greedy decoding"
