@@ -1808,7 +1808,7 @@ compare(
 )
 
 # %% [markdown]
-# Left: the constraint takes validity from {{valid_free}} to {{valid_constrained}} without training; 64 steps of training take it to {{valid_free_tuned}} without a constraint. Right: valid is not right. The base model, forced into the form, answers {{exact_constrained}} of the tickets correctly; a blind draw among 5 categories, 3 urgencies and 5 actions gets 1.3 % of these three fields. The last column of the table says it before you look at any label: to the tokens on its forced path the base model gave a probability of {{admitted}}. Log this number in production. It is an alarm in one direction: a small value says that the model was forced, while a value near 1 says that it knows the form and nothing about the labels, as the later rows show.
+# Left: the constraint takes validity from {{valid_free}} to {{valid_constrained}} without training; 64 steps of training take it to {{valid_free_tuned}} without a constraint. Right: valid is not right. The base model, forced into the form, answers {{exact_constrained}} of the tickets correctly; a blind draw among 5 categories, 3 urgencies and 5 actions gets 1.3 % of these three fields. The last column of the table says it before you look at any label: to the tokens on its forced path the base model gave a probability of {{admitted}}. Log this number in production. It is an alarm in one direction: a small value says that the model was forced, while a value near 1 says that it knows the form, and nothing about the labels: compare the last two columns.
 #
 # The single point on the right is the trap. The tuned model, every answer admitted in the spelling of its template and values apart: {{valid_apart}} valid, and {{exact_apart}} right in place of {{exact_whole}}. Text and schema are the same; the model reads tokens in an order that it was never trained on. This is a bug of the program around the model, it raises nothing, and prompt templates, prefilled answers and "jump-ahead" optimisations all invite it.
 #
@@ -2402,7 +2402,7 @@ display(
 )
 
 # %% [markdown]
-# The last column is rounding: even a draft that knows nothing leaves the distribution as it is, and costs only time. The middle one, $\sum_i \min(p_i, q_i)$ in the mean over the places of the note, is the acceptance.
+# The last column is rounding: even a draft that knows nothing leaves the distribution as it is, and costs only time. The middle column is the acceptance, $\sum_i \min(p_i, q_i)$, in the mean over the places of the note.
 #
 # ## How long a draft?
 #
@@ -2410,7 +2410,7 @@ display(
 #
 # $$\text{pass}(n) = \max\left(1, \frac{n}{n^*}\right), \qquad n^* = \frac{a}{m}.$$
 #
-# An H100 SXM has $a = 989 \cdot 10^{12}$ in dense bf16 and $m = 3.35 \cdot 10^{12}$ (NVIDIA's data sheet), so $n^*$ is about 295. This is the roofline (Williams et al., 2009). Real servers reach neither of the two peaks, and reading the cache of long contexts is left out; both move $n^*$ and leave the shape.
+# An H100 SXM has $a = 989 \cdot 10^{12}$ in dense bf16 and $m = 3.35 \cdot 10^{12}$ (NVIDIA's data sheet), so $n^*$ is about 295. This is the roofline (Williams et al., 2009). Real servers reach neither of the two peaks, which moves $n^*$. Reading the cache of long contexts is left out; it takes time without arithmetic and so leaves more room for drafts.
 #
 # With a batch of $B$ texts, $n$ is $B$ times the positions of one text: one for the newest token and one for each drafted one. `time_a_token` is the time a token relative to the same batch without drafts: 1 gains nothing, 0.5 is twice as fast. You measure passes and drafted tokens with the library, for five draft lengths.
 
