@@ -3,7 +3,7 @@
 #
 # You will be able to score structured answers without hiding failures, find test tickets in your training data, measure the habits of a judge before you trust it, and decide whether to buy few clean labels or many noisy ones.
 #
-# **You will measure.** One labelling budget, spent on few clean labels instead of many noisy ones, is worth {{gain}} points of exact match ({{gain:interval}} over three runs). A tuned judge names the better reply in {{judge_agreement}} of its verdicts; asked in both orders and averaged, in {{judge_averaged}}; and in {{judge_better_longer}} of pairs whose better reply is the longer one. A detector by n-gram overlap finds {{recall_overlap}} of the test tickets that leaked into training; a search for exact copies, {{recall_exact}}.
+# **You will measure.** One labelling budget, spent on few clean labels instead of many noisy ones, is worth {{gain}} points of exact match ({{gain:interval}} over four runs). A judge calls A the better of two identical replies in {{judge_identical}} of the cases; where the worse reply is the longer one it is right in {{judge_worse_longer}} of the pairs, where the better one is, in {{judge_better_longer}}. A detector by n-gram overlap finds {{recall_overlap}} of the test tickets that leaked into training; a search for exact copies, {{recall_exact}}.
 #
 # **You need.** Lesson 1.1 (seeds, bootstrap intervals, pairing). Python, NumPy, and the idea of a train/test split.
 #
@@ -23,10 +23,10 @@ model_id = "shipped"  # "shipped", the id of a causal language model with a chat
 device = "cpu"  # "cpu", "cuda" or "mps"
 learning_rate = 2e-3  # right for the shipped model of about a million weights; 1e-5 for a real one
 steps = 60  # of each triage training
-judge_steps = 40
+judge_steps = 120
 batch_size = 8
 test_tickets = 96  # of each run
-runs = 3  # each with a company, an order of the data and noise of its own
+runs = 4  # each with a company, an order of the data and noise of its own
 label_noise = 0.2  # the chance that a crowd worker gets a field wrong
 seed = 0
 
@@ -34,6 +34,7 @@ seed = 0
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
@@ -159,6 +160,11 @@ assert abs(got.micro - 0.625) > 1e-9, "micro and macro are swapped: micro adds u
 assert abs(got.micro - 12 / 15) > 1e-9, (
     "null answered by null is nothing to find and nothing found: it is no true positive"
 )
+invented = full.to_json().replace("billing", "complaint")
+got = triage_f1([full.to_json(), invented], [full, full])
+assert abs(got.micro - 14 / 16) > 1e-9, (
+    "An answer with an invented category is JSON, but breaks the schema: Triage.parse refuses it, so it claims nothing"
+)
 got = triage_f1([Triage("Velmora", "setup", "low", "refund").to_json()], [full])
 assert abs(got.micro - 6 / 7) > 1e-9, (
     "A wrong value is two errors: it claims what is not so (FP) and misses what is (FN)"
@@ -203,6 +209,7 @@ for _n in (0, 1, 2, 7, 40):
 ### END HIDDEN TESTS
 
 # %% check="triage-f1" points=2
+full, nameless = (Triage(product, "billing", "low", "refund") for product in ("Velmora", None))
 golds = [full, Triage("Salitan", "setup", "high", "call"), Triage("Nevira", "defect", "low", "repair")]
 said = [
     Triage(None, "delivery", "low", "refund"),
@@ -227,9 +234,13 @@ assert abs(got.macro - 1) < 1e-9, (
     f"Only null in a field, and null answered: nothing was counted, so its F1 is 1 by convention; your macro is {got.macro}"
 )
 ### BEGIN HIDDEN TESTS
+_rng = np.random.default_rng(22)
+_choices = ([None, "Velmora", "Salitan"], CATEGORIES[:2], URGENCIES, ACTIONS[:2])
 for _n in (0, 1, 3, 25):
-    _golds = [_random_triage() for _ in range(_n)]
-    _said = [_random_triage() if _rng.random() < 0.8 else None for _ in range(_n)]
+    _golds, _said = (
+        [Triage(*(values[_rng.integers(len(values))] for values in _choices)) for _ in range(_n)] for _ in range(2)
+    )
+    _said = [said if _rng.random() < 0.8 else None for said in _said]
     _scores = []
     for _f in triage.FIELDS:
         _slots = {(i, getattr(g, _f)) for i, g in enumerate(_golds) if getattr(g, _f) is not None}
@@ -334,6 +345,26 @@ def triage_f1(texts, golds):
     return F1(sum(f1(*c) for c in counts.values()) / 4, f1(*map(sum, zip(*counts.values(), strict=True))))
 
 
+# %% mistake="any JSON is an answer" of="triage-f1" says="breaks the schema"
+def triage_f1(texts, golds):
+    import json
+
+    counts = {field: [0, 0, 0] for field in triage.FIELDS}
+    for text, gold in zip(texts, golds, strict=True):
+        try:
+            said = json.loads(text)
+        except ValueError:
+            said = {}
+        for field, count in counts.items():
+            want, got = getattr(gold, field), said.get(field)
+            hit = got is not None and got == want
+            count[0] += hit
+            count[1] += got is not None and not hit
+            count[2] += want is not None and not hit
+    f1 = lambda tp, fp, fn: 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 1.0
+    return F1(f1(*map(sum, zip(*counts.values(), strict=True))), sum(f1(*c) for c in counts.values()) / 4)
+
+
 # %% alternative="sets of claims against sets of slots" of="triage-f1"
 def is_readable(text):
     try:
@@ -404,6 +435,12 @@ table = pd.DataFrame(
         for step, texts in watched_run.items()
     ]
 ).set_index("step")
+by_field = pd.DataFrame(
+    [
+        {"step": step} | {name: part.mean() for name, part in triage.score(texts, tests[0]).fields.items()}
+        for step, texts in watched_run.items()
+    ]
+).set_index("step")
 
 fig, ax = plt.subplots()
 for name, colour in zip(table.columns, (COLOURS.before, COLOURS.after, COLOURS.other, COLOURS.library), strict=True):
@@ -411,7 +448,7 @@ for name, colour in zip(table.columns, (COLOURS.before, COLOURS.after, COLOURS.o
 ax.set(ylim=(-0.03, 1.05), xlabel="training step", ylabel="share, or F1", title="Form comes first, then content")
 label_lines(ax)
 plt.show()
-display(table.style.format("{:.2f}"))
+display(table.join(by_field).style.format("{:.2f}"))
 
 look = steps // 3
 card.record("checked_tickets", checked_tickets, format="d", label="tickets of the watched training")
@@ -419,9 +456,15 @@ card.record("early_step", look, format="d", label="an early step of the watched 
 card.record("early_valid", table["valid"][look], format=".0%", label="valid answers at that step", tolerance=0.3)
 card.record("early_exact", table["exact match"][look], format=".0%", label="exact match at that step", tolerance=0.3)
 card.record("early_micro", table["micro F1"][look], format=".2f", label="micro F1 at that step", tolerance=0.3)
+card.record(
+    "early_best", by_field.loc[look].max(), format=".0%", label="its best field right at that step", tolerance=0.4
+)
+card.record(
+    "early_worst", by_field.loc[look].min(), format=".0%", label="its worst field right at that step", tolerance=0.4
+)
 
 # %% [markdown]
-# At step {{early_step}}, {{early_valid}} of the answers are valid, micro F1 is {{early_micro}}, and exact match {{early_exact}}. A dashboard that shows one of these alone tells you another story with each. Validity says whether the format was learnt and nothing about content; exact match moves last, since four fields must be right at once; F1 shows where the errors are, once you print it a field. A rise of macro over micro, or the reverse, says that one field is unlike the others.
+# At step {{early_step}}, {{early_valid}} of the answers are valid, micro F1 is {{early_micro}}, and exact match {{early_exact}}: three numbers for the same answers, and a report with one of them leaves out what the others say. Validity tells whether the format was learnt, and nothing about content. Exact match cannot be above the worst field. Where to look is in the last four columns, the share of tickets with the field right (an answer that does not parse has none): at that step {{early_best}} for the best field and {{early_worst}} for the worst. When micro and macro F1 differ much, the fields differ much.
 
 # %% [markdown]
 # ## Several tries: pass@k
@@ -505,8 +548,8 @@ for bad in ((4, 5, 2), (4, -1, 2), (4, 1, 0), (4, 1, 5)):
     try:
         pass_at_k(*bad)
         refused = False
-    except ValueError:
-        refused = True
+    except Exception as error:
+        refused = isinstance(error, ValueError)
     assert refused, (
         f"pass_at_k{bad} must raise ValueError: 0 <= c <= n, and k from 1 to n (pass@5 is unknown from 4 samples)"
     )
@@ -630,7 +673,7 @@ card.record(
 # | `generation_kwargs` | decoding; the answer is cut *before* the first string in `until` |
 # | `metric_list` | what is computed an answer, and how it is aggregated |
 #
-# The harness is not installed here, and not needed: a few lines do what it does with these fields, so you can prove a task on your own documents before you rent a GPU.
+# The harness is not installed here: the few lines below do what it does with these fields, so you can prove a task on your own documents before you rent a GPU. (Version 0.4.13 of the harness reads the corrected file of this lesson and builds the same prompts, targets and few-shot contexts.)
 
 # %%
 REQUIRED = {
@@ -780,8 +823,13 @@ for _ticket in World(LESSON_SEEDS[78]).tickets(20):
 # %% check="task-file" points=1
 right_answer = Triage("Velmora", "billing", "low", "refund").to_json()
 left_over = cut(read_task(task_yaml), right_answer + "\nHello! My order")
-assert left_over.endswith("}"), f"Your stop string cuts a right answer to {left_over!r}, which is no JSON any more"
-assert left_over == right_answer, f"After the end of the line, nothing belongs to the answer; you keep {left_over!r}"
+stops = read_task(task_yaml)["generation_kwargs"]["until"]
+assert len(left_over) >= len(right_answer), (
+    f"Your stop strings {stops} cut a right answer to {left_over!r}, which is no JSON any more"
+)
+assert left_over == right_answer, (
+    f"After the end of the line, nothing belongs to the answer; with the stop strings {stops} you keep {left_over!r}"
+)
 ### BEGIN HIDDEN TESTS
 for _right in (Triage(None, "setup", "high", "call"), Triage("Two Words", "account", "normal", "explain")):
     assert cut(read_task(task_yaml), _right.to_json()) == _right.to_json(), "A right answer must survive the cut"
@@ -794,6 +842,13 @@ assert splits["fewshot"] == "train", (
     f"Few-shot examples come from {splits['fewshot']!r}: they show test tickets with their answers; take them from training"
 )
 assert splits["training"] == "train", f"The training split is train, not {splits['training']!r}"
+mine, given = read_task(task_yaml), read_task(broken_yaml)
+for task in (mine, given):
+    for field in ("fewshot_split", "doc_to_text", "doc_to_target"):
+        del task[field]
+    del task["generation_kwargs"]["until"]
+changed = sorted(field for field in {*mine, *given} if mine.get(field) != given.get(field))
+assert not changed, f"Everything else in the file stays, or the score is that of another task; you changed {changed}"
 
 # %% mistake="asks Jinja for JSON" of="task-file" says="character for character"
 task_yaml = (
@@ -815,7 +870,7 @@ task_yaml = (
     .replace("fewshot_split: test", "fewshot_split: train")
 )
 
-# %% mistake="stops at the brace" of="task-file" says="cuts a right answer"
+# %% mistake="stops at the brace" of="task-file" says="cut a right answer"
 task_yaml = (
     broken_yaml.replace("{{ triage }}", "{{ answer }}")
     .replace('}} "', '}}"')
@@ -828,6 +883,14 @@ task_yaml = (
     .replace('}} "', '}}"')
     .replace('"}"]', '"\\n"]')
     .replace("_split: test", "_split: train")
+)
+
+# %% mistake="counts closing braces, and samples" of="task-file" says="the score is that of another task"
+task_yaml = (
+    broken_yaml.replace("fewshot_split: test", "fewshot_split: train")
+    .replace("{{ text }} ", "{{ text }}")
+    .replace("{{ triage }}", "{{ answer }}")
+    .replace('["}"], do_sample: false', '["\\n"], do_sample: true')
 )
 
 # %% alternative="edits the parsed file" of="task-file"
@@ -896,7 +959,11 @@ def leaked(text: str, kind: str, page: Sequence[str], rng: np.random.Generator) 
     if kind == "retyped":
         return re.sub(r"[^\w ]", "", text).lower()
     if kind == "slips":
-        return " ".join(slip(w, rng) if len(w) > 3 and rng.random() < 0.15 else w for w in text.split())
+        words = text.split()
+        long = [at for at, word in enumerate(words) if len(word) > 3]
+        for at in {int(rng.choice(long)), *(at for at in long if rng.random() < 0.15)}:  # at least one
+            words[at] = slip(words[at], rng)
+        return " ".join(words)
     return f"Page 3 of the export\n\n{page[0]}\n\n{text}\n\n{page[1]}" if kind == "quoted" else text
 
 
@@ -972,6 +1039,11 @@ def precision_recall(flagged: np.ndarray, planted: np.ndarray) -> tuple[float, f
 
 
 # %% check="find-leaks" points=2
+first, second = {"a", "b"}, {"b", "c"}
+overlap([first], [second])
+assert (first, second) == ({"a", "b"}, {"b", "c"}), (
+    "Your function changed a set it was given: use t & d, which makes a new set, not t &= d or t.intersection_update(d)"
+)
 got = np.asarray(overlap([{"a", "b"}, {"c"}], [{"a"}, {"a", "b", "c", "d"}, set()]))
 assert got.shape == (2, 3), (
     f"Two test sets and three training sets give shape (2, 3), one row a test set; yours is {got.shape}"
@@ -1031,6 +1103,22 @@ for _n in (1, 2, 50):
 # %% mistake="divides by the union" of="find-leaks" says="divide by the size of the test set"
 def overlap(test, train):
     return np.array([[len(t & d) / max(1, len(t | d)) for d in train] for t in test])
+
+
+def precision_recall(flagged, planted):
+    hits = np.sum(flagged & planted)
+    return hits / flagged.sum() if flagged.any() else 1.0, hits / planted.sum() if planted.any() else 1.0
+
+
+# %% mistake="intersects in place" of="find-leaks" says="changed a set it was given"
+def overlap(test, train):
+    shares = np.zeros((len(test), len(train)))
+    for i, wanted in enumerate(test):
+        size = max(1, len(wanted))
+        for j, held in enumerate(train):
+            wanted &= held
+            shares[i, j] = len(wanted) / size
+    return shares
 
 
 def precision_recall(flagged, planted):
@@ -1111,7 +1199,7 @@ def precision_recall(flagged, planted):
 # %% [markdown]
 # ### Four detectors
 #
-# Against yours stand the exact copy, the exact copy after normalising, and the rule of GPT-3's training data: a text is flagged when any of its word 13-grams occurs in training (Brown et al., 2020, appendix C). Your detector needs a threshold. Set on the same plants it would be flattered, so it is set in the first company, just above the highest score of a ticket that was *not* planted; the scores below come from the other two.
+# Against yours stand the exact copy, the exact copy after normalising, and the rule by which GPT-3's training data were filtered: a test text is flagged when any run of 13 of its words occurs in training (Brown et al., 2020, appendix C). Your detector needs a threshold. Set on the plants it is measured on, it would be flattered; so it is set in the first company, just above the highest score of a ticket that was *not* planted, and the table comes from the other companies.
 
 
 # %%
@@ -1176,9 +1264,9 @@ for name, key in (("exact copy", "exact"), ("any word 13-gram", "words"), ("your
     card.record(f"precision_{key}", precision, format=".0%", label=f"precision of {name}", tolerance=0.02)
 
 # %% [markdown]
-# The exact copy finds {{recall_exact}} of the leaks and never errs: the detector that most pipelines run. The 13-gram rule finds {{recall_words}}, with a precision of {{precision_words}}: slips break long word n-grams, and templates repeat them in innocent tickets. Yours finds {{recall_overlap}} with a precision of {{precision_overlap}}.
+# The exact copy finds {{recall_exact}} of the leaks, the quarter that nobody touched, and never errs. The 13-gram rule finds {{recall_words}}, with a precision of {{precision_words}}: slips break long runs of words, and templates repeat such runs in innocent tickets. Yours finds {{recall_overlap}} with a precision of {{precision_overlap}}.
 #
-# What the figure does not show: leaks without common words. A paraphrase or a translation of a test item has no shingles in common with it and passes (Yang et al., 2023). And precision here is a lower bound, since nobody promised that no two customers write nearly the same.
+# What the figure does not show is a leak in other words. A paraphrase or a translation shares few shingles with the test item, and passes (Yang et al., 2023). Nor is every false alarm false: two customers may have written nearly the same by themselves, and whether that counts as a leak is for you to decide.
 #
 # With the detector you clean the training texts. `datasets` keeps the data in Arrow tables on disk, and `map` and `filter` go over them row by row, with `num_proc` in parallel:
 
@@ -1319,12 +1407,16 @@ assert abs(estimate(u32(7, 7, 7), u32(7, 8, 7)) - 2 / 3) < 1e-9, "2 of 3 positio
 got = candidate_probability(0.5, 2, 1)
 assert abs(got - 0.25) > 1e-9, "Bands and rows are swapped: all rows of a band must agree, and one band is enough"
 assert abs(got - 0.75) < 1e-9, f"Two bands of one row at s = 0.5: 1 - 0.5 · 0.5 = 0.75; yours is {got}"
-assert np.allclose(candidate_probability(np.array([0.0, 0.5, 1.0]), 3, 2), [0, 1 - 0.75**3, 1]), (
+try:
+    got = candidate_probability(np.array([0.0, 0.5, 1.0]), 3, 2)
+except (TypeError, ValueError):
+    got = math.nan
+assert np.allclose(got, [0, 1 - 0.75**3, 1]), (
     "candidate_probability must take an array of similarities: 0, 0.578 and 1 for 0, 0.5 and 1 with 3 bands of 2 rows"
 )
 
 # %% check="minhash" points=1
-assert (type(bands), type(rows)) == (int, int), (
+assert all(isinstance(number, int | np.integer) for number in (bands, rows)), (
     f"Choose bands and rows, two whole numbers; yours are {bands!r} and {rows!r}"
 )
 assert min(bands, rows) >= 1, f"At least one band and one row; yours are {bands} and {rows}"
@@ -1563,14 +1655,16 @@ card.record("lsh_quoted", np.mean(hits["quoted"]), format=".0%", label="quoted l
 card.record("lsh_pairs", compared, format=".2%", label="pairs that banding leaves to compare", tolerance=0.02)
 
 # %% [markdown]
-# Banding leaves {{lsh_pairs}} of the pairs to compare and finds {{lsh_recall}} of the near-copies, but {{lsh_quoted}} of the quoted ones: inside a long page a ticket's *Jaccard* similarity is low, and Jaccard is what MinHash estimates. Lee et al. (2022) therefore deduplicate a corpus twice, by MinHash for near-copies of whole documents and by suffix arrays for long repeated passages. Dedupe *before* you split: a near-copy on both sides of the split is contamination that you made yourself.
+# Banding leaves {{lsh_pairs}} of the pairs to compare and finds {{lsh_recall}} of the near-copies, but {{lsh_quoted}} of the quoted ones: inside a long page a ticket's *Jaccard* similarity is low, and Jaccard is what MinHash estimates. Lee et al. (2022) therefore use two methods that complement each other: MinHash for near-copies of whole documents, suffix arrays for long passages that repeat. Deduplicate *before* you split: a near-copy on both sides of the split is contamination that you made yourself.
 
 # %% [markdown]
 # ## A judge and its habits
 #
-# For free text there is often no exact match, so a model judges: two replies, A and B, which is better? A judge is an instrument, and an instrument is calibrated against a standard before it is used. Ours are preference pairs with a known better reply: right and concise, against one that is *ungrounded* (a wrong value), *rambling*, or *rude*.
+# For free text there is often no exact match, so a model judges: two replies, A and B, which is better? A judge is an instrument, and an instrument is compared with a standard before it is used. Here the standard are *gold* pairs, whose better reply is known: right and concise, against one that is *ungrounded* (a wrong value), *rambling*, or *rude*.
 #
-# The judge is the model of this lesson, trained for {{judge_trained}} steps on pairs of another company, each shown in a random order. Its verdict on a prompt is the log-odds $\log p(\text{A}) - \log p(\text{B})$ of its next token: above 0 it says A.
+# The judge is the model of this lesson, trained for {{judge_trained}} steps on such pairs from another company, with a flaw that pairs from a product's logs have as well: the better reply stood first, as A, in 75% of them. Its verdict on a prompt is read from the log-odds of its next token,
+#
+# $$\ell = \log p(\text{A}) - \log p(\text{B}), \qquad \text{the verdict is A when } \ell > 0, \text{ else B.}$$
 
 
 # %%
@@ -1584,12 +1678,13 @@ class Pair(NamedTuple):
 
 
 class JudgeReport(NamedTuple):
-    """Shares of verdicts (agreement, says_a) and of pairs (consistency, averaged)."""
+    """Shares of verdicts (agreement, says_a), shares of pairs (consistency, averaged), and log-odds (position)."""
 
     agreement: float
     says_a: float
     consistency: float
     averaged: float
+    position: float
 
 
 def token_ids(text: str) -> tuple[int, ...]:
@@ -1618,13 +1713,18 @@ def log_odds_of_a(prompts: Sequence[tuple[int, ...]]) -> np.ndarray:
     return found
 
 
+def judged(pairs: Sequence[Pair]) -> np.ndarray:
+    """The log-odds of the verdict A with the better reply shown as A, and as B, (2, n)."""
+    return np.stack([log_odds_of_a([ask(pair, better_is_a) for pair in pairs]) for better_is_a in (True, False)])
+
+
 def pairs_of(world: World, n: int) -> list[Pair]:
     """The first n preference pairs of a world."""
     return [Pair(p.prompt, p.chosen, p.rejected, p.flaw) for p in world.preferences(n)]
 
 
 training_pairs = pairs_of(World(LESSON_SEEDS[seed + runs]), batch_size * judge_steps)
-shown_first = np.random.default_rng([seed, 2]).random(len(training_pairs)) < 0.5
+shown_first = np.random.default_rng([seed, 2]).random(len(training_pairs)) < 0.75
 lessons = [
     triage.Example(ask(pair, bool(first)), (*token_ids("A" if first else "B"), tokenizer.eos_token_id))
     for pair, first in zip(training_pairs, shown_first, strict=True)
@@ -1634,30 +1734,46 @@ batches = triage.batches(lessons, size=batch_size, steps=judge_steps, seed=seed)
 triage.train(model, batches, steps=judge_steps, learning_rate=learning_rate, label="the judge")
 
 gold = pairs_of(World(LESSON_SEEDS[seed + runs + 1]), 150)
-better_is_a = log_odds_of_a([ask(pair, True) for pair in gold])
-better_is_b = log_odds_of_a([ask(pair, False) for pair in gold])
-print("better reply shown as A: log-odds of the verdict A", better_is_a[:6].round(2))
-print("better reply shown as B: log-odds of the verdict A", better_is_b[:6].round(2))
-card.record("judge_trained", judge_steps, format="d", label="training steps of the judge")
+better_is_a, better_is_b = judged(gold)
+pd.DataFrame(
+    {
+        "better reply": [pair.better for pair in gold],
+        "worse reply": [pair.worse for pair in gold],
+        "log-odds of A, better is A": better_is_a,
+        "log-odds of A, better is B": better_is_b,
+    }
+).head(8).style.format(precision=2)
 
 # %% [markdown]
-# Each pair was shown in both orders. If the judge looked at the replies alone, the second row would be the first with the other sign.
+# Each pair was shown in both orders. To see what the two columns have in common, write a judge that knows its training distribution perfectly. By Bayes' rule its log-odds are the sum of a prior, which speaks for the place, and the evidence $e$ in the two replies, which speaks for the better one (when $e > 0$) wherever it stands:
 #
-# **Exercise.** `judge_report(better_is_a, better_is_b)` takes two arrays `(n,)` of log-odds of the verdict *A*: with the better reply shown as A, and with it shown as B. A verdict is A when its log-odds are above 0, else B. Return `JudgeReport(agreement, says_a, consistency, averaged)`, four shares as floats:
+# $$\ell_{\text{better is A}} = \pi + e, \qquad \ell_{\text{better is B}} = \pi - e, \qquad \pi = \log\frac{0.75}{0.25} = \log 3 \approx 1.10.$$
 #
-# - `agreement`: of all $2n$ verdicts, those that name the better reply;
-# - `says_a`: of all $2n$ verdicts, those that are A. A judge without a position bias says A half of the time, whatever it knows, since each pair is shown both ways;
-# - `consistency`: of the $n$ pairs, those for which both verdicts name the same *reply*, right or wrong;
-# - `averaged`: of the $n$ pairs, those judged rightly when the log-odds *of the better reply* are averaged over the two orders; right means above 0.
+# So $e$ is half the difference of the two columns, and $\pi$ half their sum. A real judge need not be additive; half the sum is then still what its verdict owes to the place.
 #
-# With `better_is_a = [3., 1., -1.]` and `better_is_b = [1., -2., 2.]` it is `(0.5, 0.667, 0.667, 0.667)`: the verdicts are A, A, B, then A, B, A. *About 6 lines.*
+# **Exercise.** Two things.
 #
-# <details><summary>Hint 1</summary>In which row does the letter A mean the better reply, and in which the worse one?</details>
+# 1. *Predict.* The judge is shown two *identical* replies. In what share of the cases does it say A? Put a share from 0 to 1 into `predicted_says_a`.
+# 2. `judge_report(better_is_a, better_is_b)` takes two arrays `(n,)` of log-odds of the verdict *A*: with the better reply shown as A, and with it shown as B. Return `JudgeReport(agreement, says_a, consistency, averaged, position)`, five floats:
+#     - `agreement`: of all $2n$ verdicts, the share that name the better reply;
+#     - `says_a`: of all $2n$ verdicts, the share that are A. Without a position bias it is one half, whatever the judge knows, since each pair is shown both ways. It is also the win rate that a system would be given if it were always shown first and were just as good as its rival;
+#     - `consistency`: of the $n$ pairs, the share for which both verdicts name the same *reply*, right or wrong;
+#     - `averaged`: of the $n$ pairs, the share judged rightly when the log-odds *of the better reply* are averaged over the two orders; right means above 0;
+#     - `position`: the mean over the pairs of half the sum, the log-odds that the judge gives to the place A.
+#
+# With `better_is_a = [3., 1., -1.]` and `better_is_b = [1., -2., 1.]` it is `(0.5, 0.667, 0.667, 0.667, 0.5)`: the verdicts are A, A, B, then A, B, A. *About 7 lines.*
+#
+# <details><summary>Hint 1</summary>A verdict is a threshold on the log-odds. With no evidence, on which side of the threshold is a judge that leans to A? And in the report: in which array does the letter A mean the better reply, in which the worse one?</details>
 # <details><summary>Hint 2</summary>The log-odds of the better reply are <code>better_is_a</code> in the first order and <code>-better_is_b</code> in the second. Two orders agree on a reply when they give different letters.</details>
-# <details><summary>Hint 3</summary>Let <code>first = better_is_a &gt; 0</code> and <code>second = better_is_b &gt; 0</code>, both "says A". Right are <code>first</code> and <code>~second</code>; consistent is <code>first != second</code>; averaged compares the two log-odds with each other.</details>
+# <details><summary>Hint 3</summary>Let <code>first = better_is_a &gt; 0</code> and <code>second = better_is_b &gt; 0</code>, both "says A". Right are <code>first</code> and <code>~second</code>; consistent is <code>first != second</code>; averaged compares the two log-odds with each other; position is the mean of all 2n log-odds.</details>
+
+# %% exercise="judge-report" difficulty=2 minutes=10
+predicted_says_a = None
+### BEGIN SOLUTION
+predicted_says_a = 0.75
+### END SOLUTION
 
 
-# %% exercise="judge-report" difficulty=2 minutes=8
 def judge_report(better_is_a: np.ndarray, better_is_b: np.ndarray) -> JudgeReport:
     """Measure a judge on n pairs from its log-odds of the verdict A in both orders, each (n,)."""
     ### BEGIN SOLUTION
@@ -1667,12 +1783,20 @@ def judge_report(better_is_a: np.ndarray, better_is_b: np.ndarray) -> JudgeRepor
         says_a=float((first.mean() + second.mean()) / 2),
         consistency=float(np.mean(first != second)),
         averaged=float(np.mean((better_is_a - better_is_b) / 2 > 0)),
+        position=float(np.mean((better_is_a + better_is_b) / 2)),
     )
     ### END SOLUTION
 
 
+# %% check="judge-report" points=1
+assert predicted_says_a is not None, "Write your prediction down first: predicted_says_a = a share from 0 to 1"
+assert isinstance(predicted_says_a, int | float), (
+    f"A prediction is a number, such as 0.5; yours is {predicted_says_a!r}"
+)
+assert 0 <= predicted_says_a <= 1, f"A share lies from 0 to 1 (half is 0.5, not 50); yours is {predicted_says_a}"
+
 # %% check="judge-report" points=2
-got = judge_report(np.array([3.0, 1.0, -1.0]), np.array([1.0, -2.0, 2.0]))
+got = judge_report(np.array([3.0, 1.0, -1.0]), np.array([1.0, -2.0, 1.0]))
 assert abs(got.agreement - 4 / 6) > 1e-9, (
     "You counted A as right in both rows: in better_is_b the better reply is B, so there the verdict A is wrong"
 )
@@ -1686,19 +1810,32 @@ assert abs(got.says_a - 5 / 6) < 1e-9, f"5 of 6 verdicts are A; your says_a is {
 _rng = np.random.default_rng(6)
 for _n in (1, 2, 33):
     _f, _s = _rng.normal(size=_n), _rng.normal(0.5, size=_n)
-    _kept = _s.copy()
+    _kept = _f.copy(), _s.copy()
     _got = judge_report(_f, _s)
+    assert all(map(np.array_equal, (_f, _s), _kept)), (
+        "You changed the log-odds in place: -x makes a new array, x *= -1 does not"
+    )
     _right = sum(x > 0 for x in _f) + sum(x <= 0 for x in _s)
     _a = sum(x > 0 for x in _f) + sum(x > 0 for x in _s)
-    assert abs(_got.agreement - _right / (2 * _n)) < 1e-9, f"{_n} random pairs: agreement {_right / (2 * _n):.3f}"
-    assert abs(_got.says_a - _a / (2 * _n)) < 1e-9, f"{_n} random pairs: says_a {_a / (2 * _n):.3f}"
-    assert np.array_equal(_s, _kept), "The log-odds were changed in place"
+    assert abs(_got.agreement - _right / (2 * _n)) < 1e-9, (
+        f"{_n} random pairs: agreement {_right / (2 * _n):.3f}, yours {_got.agreement:.3f}"
+    )
+    assert abs(_got.says_a - _a / (2 * _n)) < 1e-9, (
+        f"{_n} random pairs: says_a {_a / (2 * _n):.3f}, yours {_got.says_a:.3f}"
+    )
+_got = judge_report(np.zeros(2), np.zeros(2))
+assert (_got.agreement, _got.says_a) == (0.5, 0.0), (
+    f"A verdict is A when its log-odds are above 0, else B: at exactly 0 it is B; yours is {_got}"
+)
 ### END HIDDEN TESTS
 
 # %% check="judge-report" points=2
 got = judge_report(np.array([2.0, 1.0, -3.0]), np.array([1.0, 2.0, 1.0]))
 assert abs(got.consistency - 2 / 3) > 1e-9, (
     "Consistent means the same reply, not the same letter: a judge that always says A is never consistent"
+)
+assert abs(got.consistency) > 1e-9, (
+    "Consistent means the same reply twice, right or wrong: the third pair gets the worse reply in both orders"
 )
 assert abs(got.consistency - 1 / 3) < 1e-9, (
     f"Only the third pair gets the same reply twice; yours is {got.consistency:.3f}"
@@ -1713,56 +1850,133 @@ assert abs(got.averaged - 1 / 2) > 1e-9, (
 assert abs(got.averaged - 2 / 3) < 1e-9, (
     f"The better reply's log-odds average to +1, +0.25 and -0.5, so 2 of 3 are right; yours is {got.averaged:.3f}"
 )
+assert min(abs(got.position - 0.25), abs(got.position - 0.5)) > 1e-9, (
+    "position is what the two orders share: half the sum of the two log-odds; half the difference is the evidence"
+)
+assert abs(got.position - 17 / 12) < 1e-9, (
+    f"The half sums are 2, 0.75 and 1.5, with the mean 1.417; your position is {got.position:.3f}"
+)
 ### BEGIN HIDDEN TESTS
+_rng = np.random.default_rng(7)
 for _n in (1, 2, 33):
     _f, _s = _rng.normal(0.3, size=_n), _rng.normal(0.5, size=_n)
     _got = judge_report(_f, _s)
     _same = sum((x > 0) == (y <= 0) for x, y in zip(_f, _s, strict=True)) / _n
     _mean = sum(x > y for x, y in zip(_f, _s, strict=True)) / _n
+    _place = (sum(_f) + sum(_s)) / (2 * _n)
     assert abs(_got.consistency - _same) < 1e-9, (
         f"{_n} random pairs: consistency {_same:.3f}, yours {_got.consistency:.3f}"
     )
     assert abs(_got.averaged - _mean) < 1e-9, f"{_n} random pairs: averaged {_mean:.3f}, yours {_got.averaged:.3f}"
+    assert abs(_got.position - _place) < 1e-9, f"{_n} random pairs: position {_place:.3f}, yours {_got.position:.3f}"
 ### END HIDDEN TESTS
 
-
 # %% mistake="A is right in both orders" of="judge-report" says="You counted A as right in both rows"
+predicted_says_a = 0.75
+
+
 def judge_report(better_is_a, better_is_b):
     first, second = better_is_a > 0, better_is_b > 0
     share = (first.mean() + second.mean()) / 2
-    return JudgeReport(share, share, np.mean(first != second), np.mean(better_is_a > better_is_b))
+    averaged, position = np.mean(better_is_a > better_is_b), np.mean(better_is_a + better_is_b) / 2
+    return JudgeReport(share, share, np.mean(first != second), averaged, position)
 
 
 # %% mistake="position bias from one order" of="judge-report" says="looks at the first row alone"
+predicted_says_a = 0.75
+
+
 def judge_report(better_is_a, better_is_b):
     first, second = better_is_a > 0, better_is_b > 0
     agreement = (first.mean() + (~second).mean()) / 2
-    return JudgeReport(agreement, first.mean(), np.mean(first != second), np.mean(better_is_a > better_is_b))
+    averaged, position = np.mean(better_is_a > better_is_b), np.mean(better_is_a + better_is_b) / 2
+    return JudgeReport(agreement, first.mean(), np.mean(first != second), averaged, position)
 
 
 # %% mistake="the same letter is consistent" of="judge-report" says="the same reply, not the same letter"
+predicted_says_a = 0.75
+
+
 def judge_report(better_is_a, better_is_b):
     first, second = better_is_a > 0, better_is_b > 0
     agreement, says_a = (first.mean() + (~second).mean()) / 2, (first.mean() + second.mean()) / 2
-    return JudgeReport(agreement, says_a, np.mean(first == second), np.mean(better_is_a > better_is_b))
+    averaged, position = np.mean(better_is_a > better_is_b), np.mean(better_is_a + better_is_b) / 2
+    return JudgeReport(agreement, says_a, np.mean(first == second), averaged, position)
+
+
+# %% mistake="consistent only when right" of="judge-report" says="right or wrong: the third pair"
+predicted_says_a = 0.75
+
+
+def judge_report(better_is_a, better_is_b):
+    first, second = better_is_a > 0, better_is_b > 0
+    agreement, says_a = (first.mean() + (~second).mean()) / 2, (first.mean() + second.mean()) / 2
+    averaged, position = np.mean(better_is_a > better_is_b), np.mean(better_is_a + better_is_b) / 2
+    return JudgeReport(agreement, says_a, np.mean(first & ~second), averaged, position)
 
 
 # %% mistake="averages without turning the sign" of="judge-report" says="turn the sign in better_is_b"
+predicted_says_a = 0.75
+
+
 def judge_report(better_is_a, better_is_b):
     first, second = better_is_a > 0, better_is_b > 0
     agreement, says_a = (first.mean() + (~second).mean()) / 2, (first.mean() + second.mean()) / 2
-    return JudgeReport(agreement, says_a, np.mean(first != second), np.mean((better_is_a + better_is_b) / 2 > 0))
+    half_sum = (better_is_a + better_is_b) / 2
+    return JudgeReport(agreement, says_a, np.mean(first != second), np.mean(half_sum > 0), half_sum.mean())
 
 
 # %% mistake="averages verdicts" of="judge-report" says="You averaged verdicts"
+predicted_says_a = 0.75
+
+
 def judge_report(better_is_a, better_is_b):
     first, second = better_is_a > 0, better_is_b > 0
     agreement, says_a = (first.mean() + (~second).mean()) / 2, (first.mean() + second.mean()) / 2
     votes = first.astype(float) + (~second).astype(float)
-    return JudgeReport(agreement, says_a, np.mean(first != second), np.mean(votes / 2))
+    position = np.mean(better_is_a + better_is_b) / 2
+    return JudgeReport(agreement, says_a, np.mean(first != second), np.mean(votes / 2), position)
+
+
+# %% mistake="the evidence for the position" of="judge-report" says="half the difference is the evidence"
+predicted_says_a = 0.75
+
+
+def judge_report(better_is_a, better_is_b):
+    first, second = better_is_a > 0, better_is_b > 0
+    agreement, says_a = (first.mean() + (~second).mean()) / 2, (first.mean() + second.mean()) / 2
+    evidence = (better_is_a - better_is_b) / 2
+    return JudgeReport(agreement, says_a, np.mean(first != second), np.mean(evidence > 0), evidence.mean())
+
+
+# %% mistake="turns the sign in place" of="judge-report" says="changed the log-odds in place"
+predicted_says_a = 0.75
+
+
+def judge_report(better_is_a, better_is_b):
+    position = np.mean(better_is_a + better_is_b) / 2
+    better_is_b *= -1
+    first, second = better_is_a > 0, better_is_b >= 0
+    says_a = (first.mean() + (~second).mean()) / 2
+    agreement = (first.mean() + second.mean()) / 2
+    return JudgeReport(agreement, says_a, np.mean(first == second), np.mean(better_is_a + better_is_b > 0), position)
+
+
+# %% mistake="predicts in percent" of="judge-report" says="half is 0.5, not 50"
+predicted_says_a = 75
+
+
+def judge_report(better_is_a, better_is_b):
+    first, second = better_is_a > 0, better_is_b > 0
+    agreement, says_a = (first.mean() + (~second).mean()) / 2, (first.mean() + second.mean()) / 2
+    averaged, position = np.mean(better_is_a > better_is_b), np.mean(better_is_a + better_is_b) / 2
+    return JudgeReport(agreement, says_a, np.mean(first != second), averaged, position)
 
 
 # %% alternative="signed margins and probabilities" of="judge-report"
+predicted_says_a = 1
+
+
 def judge_report(better_is_a, better_is_b):
     letters = np.stack([better_is_a, better_is_b]) > 0
     right = letters == np.array([[True], [False]])
@@ -1772,44 +1986,47 @@ def judge_report(better_is_a, better_is_b):
         float(letters.mean()),
         float((right[0] == right[1]).mean()),
         float((for_better > 0.5).mean()),
+        float(np.concatenate([better_is_a, better_is_b]).mean()),
     )
 
 
 # %% [markdown]
 # ### Position and length
 #
-# In the pairs, the better reply is never the longer one: that is how the data set was made, and a judge trained on it cannot tell "better" from "shorter". So you build pairs that can: right value against wrong value, and filler sentences added to the one or to the other.
+# Three kinds of *probe* say more than the gold pairs do. Two **identical** replies hold no evidence, so what the judge says of them is the place alone. And in the gold pairs the better reply is never the longer one: that is how they were made, and a judge trained on them cannot tell "better" from "shorter". So filler is added to the wrong value (**worse is longer**), or to the right one (**better is longer**).
 
 # %%
+FILLER = "There are many sides to this, and all of them matter."
 ungrounded = [pair for pair in gold if pair.group == "ungrounded"]
 
 
-def with_filler(reply: str) -> str:
-    """The reply between two sentences that say nothing."""
-    return f"Let me think about it for a while before I say more. {reply} There are many sides to this."
+def longer(reply: str, words: int) -> str:
+    """The reply, and after it that many words that say nothing."""
+    return " ".join([reply, *FILLER.split()[:words]])
 
 
 probes = [
-    *(Pair(p.prompt, p.better, with_filler(p.worse), "worse is longer") for p in ungrounded),
-    *(Pair(p.prompt, with_filler(p.better), p.worse, "better is longer") for p in ungrounded),
+    *(Pair(p.prompt, p.better, p.better, "identical") for p in gold[:60]),
+    *(Pair(p.prompt, p.better, longer(p.worse, 11), "worse is longer") for p in ungrounded),
+    *(Pair(p.prompt, longer(p.better, 11), p.worse, "better is longer") for p in ungrounded),
 ]
-everything = [*gold, *probes]
-log_odds = np.stack(
-    [
-        np.concatenate([better_is_a, log_odds_of_a([ask(pair, True) for pair in probes])]),
-        np.concatenate([better_is_b, log_odds_of_a([ask(pair, False) for pair in probes])]),
-    ]
-)
-group_of = np.array([pair.group for pair in everything])
+log_odds = np.concatenate([[better_is_a, better_is_b], judged(probes)], axis=1)
+group_of = np.array([pair.group for pair in [*gold, *probes]])
 groups = ["rude", "rambling", "ungrounded", "worse is longer", "better is longer"]
-reports = {group: judge_report(*log_odds[:, group_of == group]) for group in groups}
+reports = {group: judge_report(*log_odds[:, group_of == group]) for group in (*groups, "identical")}
 whole = judge_report(better_is_a, better_is_b)
 table = pd.DataFrame(
     {"all gold pairs": whole._asdict()} | {group: report._asdict() for group, report in reports.items()}
-)
-display(table.T.style.format("{:.0%}"))
+).T
+table.loc["identical", ["agreement", "consistency", "averaged"]] = math.nan  # neither reply is the better one
+table.columns = [*table.columns[:-1], "position / log-odds"]
+display(table.style.format("{:.0%}", na_rep="").format({"position / log-odds": "{:+.2f}"}))
+compare([("says A of identical replies", predicted_says_a, reports["identical"].says_a)], format=".0%")
 
-fig, ax = plt.subplots(figsize=(8.5, 3.8))
+ladder = (0, 1, 2, 4, 8, 11)
+steps_up = [judged([Pair(p.prompt, p.better, longer(p.better, words), "") for p in gold[:60]]) for words in ladder]
+
+fig, (left, right_side) = plt.subplots(1, 2, figsize=(11.5, 4.2), width_ratios=(1.35, 1))
 for place, group in enumerate(groups):
     first, second = log_odds[:, group_of == group]
     for shift, right, colour in (
@@ -1818,21 +2035,33 @@ for place, group in enumerate(groups):
         (0.22, first > second, COLOURS.after),
     ):
         low, high = triage.interval(right)
-        intervals(ax, [place + shift], [right.mean()], [low], [high], colour)
+        intervals(left, [place + shift], [right.mean()], [low], [high], colour)
 for x, name, colour in (
-    (-0.4, "better reply is A", COLOURS.before),
-    (1.1, "better reply is B", COLOURS.other),
-    (2.6, "log-odds averaged over both", COLOURS.after),
+    (-0.4, "better is A", COLOURS.before),
+    (1.0, "better is B", COLOURS.other),
+    (2.4, "log-odds of both, averaged", COLOURS.after),
 ):
-    direct_label(ax, x, 1.13, name, colour, offset=(0, 0))
-ax.axhline(0.5, color=COLOURS.truth, lw=1, ls="--")
-direct_label(ax, len(groups) - 0.5, 0.5, "a coin", COLOURS.truth, offset=(4, -3))
-ax.set_xticks(range(len(groups)), groups)
-ax.set(xlim=(-0.5, len(groups) - 0.5), ylim=(-0.05, 1.25), ylabel="share judged rightly")
-ax.set_yticks(np.arange(0, 1.1, 0.25))
-ax.set_title("Verdicts by kind of pair (95% Wilson intervals)")
+    direct_label(left, x, 1.1, name, colour, offset=(0, 0))
+left.axhline(0.5, color=COLOURS.truth, lw=1, ls="--")
+direct_label(left, -0.45, 0.5, "a coin", COLOURS.truth, offset=(0, 4))
+left.set_xticks(range(len(groups)), [group.replace(" is ", "\nis ") for group in groups])
+left.set(xlim=(-0.5, len(groups) - 0.5), ylim=(-0.05, 1.22), ylabel="share judged rightly")
+left.set_yticks(np.arange(0, 1.1, 0.25))
+left.set_title("Verdicts by kind of pair (95% Wilson intervals)")
+for row, name, colour in ((0, "shorter is A", COLOURS.before), (1, "shorter is B", COLOURS.other)):
+    middle = np.array([part[row].mean() for part in steps_up])
+    half = np.array([1.96 * part[row].std(ddof=1) / len(part[row]) ** 0.5 for part in steps_up])
+    right_side.fill_between(ladder, middle - half, middle + half, color=colour, alpha=0.18, lw=0)
+    right_side.plot(ladder, middle, "o-", color=colour, ms=5, label=name)
+right_side.axhline(0, color=COLOURS.truth, lw=1)
+right_side.axhline(math.log(3), color=COLOURS.truth, lw=1, ls="--")
+direct_label(right_side, ladder[-1], math.log(3), "log 3", COLOURS.truth, offset=(-36, 4))
+right_side.set(xlabel="words that the longer reply adds", ylabel="log-odds of the verdict A")
+right_side.set_title("Two right replies, one longer")
+label_lines(right_side)
 plt.show()
 
+masks = {group: group_of == group for group in reports}
 for name, value, right, label in (
     (
         "judge_agreement",
@@ -1841,23 +2070,15 @@ for name, value, right, label in (
         "verdicts for the better reply",
     ),
     ("judge_averaged", whole.averaged, better_is_a > better_is_b, "the same, averaged over both orders"),
-    (
-        "judge_better_longer",
-        reports["better is longer"].averaged,
-        log_odds[0, group_of == "better is longer"] > log_odds[1, group_of == "better is longer"],
-        "averaged, where the better reply is the longer",
-    ),
-    (
-        "judge_worse_longer",
-        reports["worse is longer"].averaged,
-        log_odds[0, group_of == "worse is longer"] > log_odds[1, group_of == "worse is longer"],
-        "averaged, where the worse reply is the longer",
-    ),
-    (
-        "judge_ungrounded",
-        reports["ungrounded"].averaged,
-        log_odds[0, group_of == "ungrounded"] > log_odds[1, group_of == "ungrounded"],
-        "averaged, where the worse reply is wrong",
+    *(
+        (f"judge_{key}", reports[group].averaged, np.greater(*log_odds[:, masks[group]]), f"averaged, {group}")
+        for key, group in (
+            ("better_longer", "better is longer"),
+            ("worse_longer", "worse is longer"),
+            ("ungrounded", "ungrounded"),
+            ("rude", "rude"),
+            ("rambling", "rambling"),
+        )
     ),
 ):
     low, high = triage.interval(right)
@@ -1865,70 +2086,91 @@ for name, value, right, label in (
 for name, value, label in (
     ("judge_consistency", whole.consistency, "pairs with the same reply preferred in both orders"),
     ("judge_says_a", reports["ungrounded"].says_a, "verdicts A, where the worse reply is wrong"),
+    ("judge_identical", reports["identical"].says_a, "verdicts A on identical replies"),
 ):
-    card.record(name, value, format=".0%", label=label, tolerance=0.5)
+    card.record(name, value, format=".0%", label=label, tolerance=0.4)
+card.record(
+    "judge_position",
+    reports["identical"].position,
+    format=".2f",
+    label="log-odds of A on identical replies",
+    tolerance=1.5,
+)
 
 # %% [markdown]
-# Shown in both orders, the judge prefers the same reply in {{judge_consistency}} of the pairs. Where it has nothing to go on, position decides: of its verdicts on right against wrong values, {{judge_says_a}} are A, whichever reply stands there. Nothing in its training favoured a side, and another order of the same data may favour the other one. Averaging the log-odds of both orders removes what depends on the position alone: {{judge_agreement}} of single verdicts are right, {{judge_averaged}} of averaged ones.
+# **Position.** Of two identical replies the judge calls A the better one in {{judge_identical}} of the cases, with log-odds of {{judge_position}} where its training data hold log 3 = 1.10. A threshold turns every leaning into a decision: what a calibrated judge believes at 75%, its verdict says at 100%. Where the evidence is weak the place decides: of the verdicts on right against wrong values {{judge_says_a}} are A, so a system that is always shown first, and is right exactly as often as its rival, is given that win rate. Over all gold pairs, {{judge_consistency}} are judged the same way in both orders.
 #
-# Averaging adds no knowledge: on right against wrong values the averaged judge is right in {{judge_ungrounded}} of the pairs, where a coin has 50%. And it mends no habit that both orders share: when the worse reply is the longer one, it is right in {{judge_worse_longer}} of the pairs, when the better one is, in {{judge_better_longer}}. It learnt "shorter is better", because in its training data that was always so; judges that learnt from people tend to the opposite (Zheng et al., 2023; Dubois et al., 2024). Only gold pairs in which length and quality point in different directions show it.
+# **What averaging mends.** Half the difference of the log-odds is free of the place, and both orders are asked and averaged for that reason (Wang et al., 2023). It adds no knowledge: on right against wrong values the averaged judge is right in {{judge_ungrounded}} of the pairs, where a coin has 50%; on rude replies in {{judge_rude}}, on rambling ones in {{judge_rambling}}. One number for all of them, {{judge_averaged}}, hides which of these you have. (With both orders shown a coin agrees in exactly half of the verdicts, so Cohen's kappa is twice the agreement minus one.)
 #
-# In practice: ask in both orders and average the log-odds, or, where an API returns the letter alone, count a tie when the orders disagree; report agreement with gold labels *by kind of pair*; and report how often the judge prefers the longer reply beside how often the longer reply is better.
+# **Length.** Averaging mends no habit that both orders share. When the worse reply is the longer one, the averaged judge is right in {{judge_worse_longer}} of the pairs; when the better one is, in {{judge_better_longer}}. On the right of the figure both replies are right: the two curves part with every word that one of them adds. It learnt "shorter is better", because in its training data that was always so; judges that learnt from people tend to the opposite (Zheng et al., 2023; Dubois et al., 2024). Only pairs in which length and quality point in different directions show it.
+#
+# In practice: ask in both orders and average the log-odds, or, where an API returns the letter alone, count a tie when the orders disagree; report agreement with gold labels *by kind of pair*; keep a set of identical pairs as a blank sample; and report how often the judge prefers the longer reply beside how often the longer reply is better.
+#
+# What this does not show: where a large judge's position bias comes from. Here the 75% were put into the data, so that there is a right answer to compare with.
 
 # %% [markdown]
 # ## Few clean labels or many noisy ones
 #
-# You have 48 dollars for triage labels, and two offers. An *expert's* label costs 0.50 dollars and is right. A *crowd worker's* costs 0.10 dollars, and each of its four fields is wrong with a chance of 20%, by a value drawn from the others. Whatever you buy, the model is trained for the same number of steps, 60 of 8 tickets, so that few tickets are seen several times and many once.
+# You have 48 dollars for triage labels, and two offers. An *expert's* label costs 0.50 dollars and is right. A *crowd worker's* costs 0.10 dollars, and each of its four fields is wrong with a chance of 20%, by a value drawn from the others. Several workers may label one ticket, independently; then each field gets the value that most of them gave, the first one's on a tie (Sheng, Provost and Ipeirotis, 2008, ask when that is better than another ticket). Whatever you buy, the model is trained for the same number of steps, 60 of 8 tickets, so that few tickets are seen several times and many once.
 
 
 # %%
 class Purchase(NamedTuple):
-    """How many tickets experts label, and how many others the crowd labels."""
+    """How many tickets experts label, how many others the crowd labels, and by how many workers each of the latter."""
 
     experts: int
     crowd: int
+    votes: int = 1
 
 
 def price(purchase: Purchase) -> float:
     """What a purchase costs, in dollars."""
-    return 0.50 * purchase.experts + 0.10 * purchase.crowd
+    return 0.50 * purchase.experts + 0.10 * purchase.crowd * purchase.votes
 
 
-def crowd_label(ticket: Ticket, products: Sequence[str], rng: np.random.Generator) -> Ticket:
-    """The ticket as a crowd worker labels it: each field is wrong with the chance `label_noise`."""
+def worker_says(right: Triage, products: Sequence[str], rng: np.random.Generator) -> Triage:
+    """A crowd worker's label: each field is wrong with the chance `label_noise`."""
     options = {"product": (*products, None), "category": CATEGORIES, "urgency": URGENCIES, "action": ACTIONS}
     said = {}
     for field, values in options.items():
-        right = getattr(ticket.triage, field)
-        others = [value for value in values if value != right]
-        said[field] = others[rng.integers(len(others))] if rng.random() < label_noise else right
-    return Ticket(ticket.id, ticket.text, Triage(**said))
+        others = [value for value in values if value != getattr(right, field)]
+        said[field] = others[rng.integers(len(others))] if rng.random() < label_noise else getattr(right, field)
+    return Triage(**said)
+
+
+def majority(labels: Sequence[Triage]) -> Triage:
+    """In each field the value that most labels have; on a tie the one that came first."""
+    return Triage(*(Counter(getattr(label, field) for label in labels).most_common(1)[0][0] for field in triage.FIELDS))
 
 
 def buy(purchase: Purchase, run: int) -> list[Ticket]:
     """The labelled tickets of a purchase in the run's company: the experts' first, then the crowd's."""
     tickets = worlds[run].tickets(purchase.experts + purchase.crowd, part="train")
     rng, products = np.random.default_rng([seed, run, 3]), worlds[run].entities["product"]
-    return tickets[: purchase.experts] + [crowd_label(t, products, rng) for t in tickets[purchase.experts :]]
+    return tickets[: purchase.experts] + [
+        Ticket(t.id, t.text, majority([worker_says(t.triage, products, rng) for _ in range(purchase.votes)]))
+        for t in tickets[purchase.experts :]
+    ]
 
 
-noisy = buy(Purchase(0, 480), 0)
-for ticket, right in itertools.islice(zip(noisy, worlds[0].tickets(480, part="train"), strict=True), 3):
-    print(ticket.text, "\n  crowd ", ticket.triage.to_json(), "\n  expert", right.triage.to_json())
+for ticket, true in itertools.islice(
+    zip(buy(Purchase(0, 480), 0), worlds[0].tickets(480, part="train"), strict=True), 3
+):
+    print(ticket.text, "\n  crowd ", ticket.triage.to_json(), "\n  expert", true.triage.to_json())
 
 # %% [markdown]
 # What you decide will be compared on the same test tickets, so the comparison is *paired* (Koehn, 2004): resample the tickets, and take for each drawn ticket the answers of *both* systems.
 #
 # **Exercise (decide).** Three things, before anything is trained.
 #
-# 1. `paired_interval(right_a, right_b, rng, resamples=2000)`: two boolean arrays `(n,)` that say which of the same $n$ tickets systems A and B answer rightly. Return `(low, high)`, the 95% percentile bootstrap interval of B's mean minus A's: the 0.025 and 0.975 quantiles (`np.quantile`) over `resamples` draws of $n$ tickets with replacement, using `rng` alone. Two equal arrays give `(0.0, 0.0)`. *About 4 lines.*
-# 2. `my_purchase = Purchase(experts=…, crowd=…)`: what you would buy. It costs at most 48 dollars and at least 47. All experts is `Purchase(96, 0)`, all crowd `Purchase(0, 480)`; mixtures are trained as well (that takes a little longer).
-# 3. `predicted_gain`: by how much does exact match after all-experts exceed that after all-crowd? A number from -1 to 1: 0.05 for five points in favour of the experts, negative if the crowd wins.
+# 1. `paired_interval(right_a, right_b, rng, resamples=2000)`: two boolean arrays `(n,)` that say which of the same $n$ tickets systems A and B answer rightly. Return `(low, high)`, the 95% percentile bootstrap interval of B's mean minus A's: draw $n$ tickets with replacement `resamples` times, with `rng` and no other source of chance, and take the 0.025 and 0.975 quantiles (`np.quantile`) of the differences. Two equal arrays give `(0.0, 0.0)`. *About 4 lines.*
+# 2. `my_purchase = Purchase(experts, crowd, votes)`, three whole numbers: what you would buy. At least 8 tickets (a batch), at most 48 dollars and at least 47. Three purchases of 48 dollars are trained in any case: `Purchase(96, 0)`, experts alone; `Purchase(0, 480)`, each ticket to one worker; `Purchase(0, 96, votes=5)`, the experts' tickets to five workers each. If yours is another one, it is trained beside them (and the experiment takes a third longer).
+# 3. `predicted_gain`: by how much does exact match after `Purchase(96, 0)` exceed that after `Purchase(0, 480)`? A number from -1 to 1: 0.05 for five points in favour of the experts, negative if the crowd wins.
 #
 # The last two are graded for being answered within their limits.
 #
-# <details><summary>Hint 1</summary>If the two arrays are equal, every resample must give a difference of exactly 0. Which draws must the systems share? And for the decision: how many of the crowd's tickets are right in all four fields?</details>
-# <details><summary>Hint 2</summary>Draw indices <code>rng.integers(n, size=(resamples, n))</code> once, and use them for both arrays; or take the differences first and resample those. Booleans do not subtract in NumPy: convert them to float. A crowd ticket is right with a probability of 0.8 to the power of 4.</details>
+# <details><summary>Hint 1</summary>If the two arrays are equal, every resample must give a difference of exactly 0. Which draws must the systems share? And for the decision: how many of the tickets that you buy are right in all four fields?</details>
+# <details><summary>Hint 2</summary>Draw indices <code>rng.integers(n, size=(resamples, n))</code> once, and use them for both arrays; or take the differences first and resample those. Booleans do not subtract in NumPy: convert them to float. One worker's ticket is right with a probability of 0.8 to the power of 4, or 0.41. With three votes a field can only be wrong when two workers are, so with a probability of at most 0.10.</details>
 # <details><summary>Hint 3</summary><code>gaps = right_b.astype(float) - right_a.astype(float)</code>; index it with the drawn indices, take the mean along the last axis, and the two quantiles of those means.</details>
 
 
@@ -1948,7 +2190,7 @@ def paired_interval(
 my_purchase = None
 predicted_gain = None
 ### BEGIN SOLUTION
-my_purchase = Purchase(experts=96, crowd=0)
+my_purchase = Purchase(experts=96, crowd=0, votes=1)
 predicted_gain = 0.1
 ### END SOLUTION
 
@@ -1956,12 +2198,14 @@ predicted_gain = 0.1
 a_right = np.random.default_rng(0).random(200) < 0.7
 b_right = a_right.copy()
 b_right[np.flatnonzero(~a_right)[:12]] = True  # B mends 12 of A's errors and breaks nothing: a gain of 6 points
-got = paired_interval(a_right, a_right.copy(), np.random.default_rng(1))
-assert tuple(got) == (0.0, 0.0), (
+got = tuple(paired_interval(a_right, a_right.copy(), np.random.default_rng(1)))
+assert got == (0.0, 0.0), (
     f"A system against itself differs by exactly 0 in every resample; yours gives {got}: draw the tickets once, and take "
     "both systems' answers to them"
 )
-low, high = paired_interval(a_right, b_right, np.random.default_rng(1))
+rng = np.random.default_rng(1)
+untouched = rng.bit_generator.state
+low, high = paired_interval(a_right, b_right, rng)
 assert low <= 0.06 <= high or not (low <= -0.06 <= high), "The sign is turned: B's mean minus A's, and here B is better"
 assert low < high, "All resamples are alike: draw with replacement"
 assert low <= 0.06 <= high, f"B is better by 0.06, which the interval must hold; yours is {low:.3f} to {high:.3f}"
@@ -1970,8 +2214,18 @@ assert low <= 0.06 <= high, f"B is better by 0.06, which the interval must hold;
 assert 0.05 < high - low < 0.085, (
     f"The interval should be about 0.066 wide; yours is {high - low:.3f}: quantiles 0.025 and 0.975 of the mean gaps"
 )
-assert paired_interval(a_right, b_right, np.random.default_rng(1)) == (low, high), (
-    "Equal generators must give equal results"
+assert rng.bit_generator.state != untouched, (
+    "Your function drew nothing from rng: resample, with the generator it is given and no other"
+)
+again = tuple(paired_interval(a_right, b_right, np.random.default_rng(1)))
+assert again == (low, high), (
+    f"Equal generators must give equal results, not {(low, high)} and then {again}: draw from rng alone"
+)
+few_a, few_b = np.zeros(40, dtype=bool), np.arange(40) < 1  # B wins 1 ticket of 40 and loses none
+low, high = paired_interval(few_a, few_b, np.random.default_rng(2))
+assert low > -1e-9, (
+    f"B loses no ticket, so it is worse in no resample and the interval lies from 0 up; yours starts at {low:.3f}: take "
+    "the quantiles of the resampled differences themselves"
 )
 ### BEGIN HIDDEN TESTS
 for _n, _seed in ((1, 0), (30, 1), (151, 2)):
@@ -1987,10 +2241,15 @@ for _n, _seed in ((1, 0), (30, 1), (151, 2)):
 ### END HIDDEN TESTS
 
 # %% check="clean-or-noisy" points=1
-assert isinstance(my_purchase, Purchase), f"Set my_purchase = Purchase(experts=…, crowd=…); yours is {my_purchase!r}"
-assert all(isinstance(count, int) and count >= 0 for count in my_purchase), (
-    f"Whole numbers from 0; yours is {my_purchase}"
+assert isinstance(my_purchase, Purchase), (
+    f"Set my_purchase = Purchase(experts=…, crowd=…, votes=…); yours is {my_purchase!r}"
 )
+assert all(isinstance(count, int | np.integer) for count in my_purchase), f"Whole numbers; yours is {my_purchase}"
+assert min(my_purchase.experts, my_purchase.crowd, my_purchase.votes - 1) >= 0, (
+    f"No number below 0, and at least one vote; yours is {my_purchase}"
+)
+bought = my_purchase.experts + my_purchase.crowd
+assert bought >= 8, f"A batch has 8 tickets, so buy labels for at least 8; {my_purchase} has {bought}"
 cost = price(my_purchase)
 assert cost <= 48 + 1e-9, f"{my_purchase} costs {cost:.2f} dollars, over the budget of 48"
 assert cost >= 47, (
@@ -2036,6 +2295,36 @@ def paired_interval(right_a, right_b, rng, resamples=2000):
 my_purchase, predicted_gain = Purchase(96, 0), 0.1
 
 
+# %% mistake="the normal approximation" of="clean-or-noisy" says="drew nothing from rng"
+def paired_interval(right_a, right_b, rng, resamples=2000):
+    gaps = right_b.astype(float) - right_a
+    half = 1.96 * gaps.std() / len(gaps) ** 0.5
+    return gaps.mean() - half, gaps.mean() + half
+
+
+my_purchase, predicted_gain = Purchase(96, 0), 0.1
+
+
+# %% mistake="the basic bootstrap, turned about the mean" of="clean-or-noisy" says="the interval lies from 0 up"
+def paired_interval(right_a, right_b, rng, resamples=2000):
+    gaps = right_b.astype(float) - right_a
+    low, high = np.quantile(rng.choice(gaps, size=(resamples, len(gaps))).mean(axis=1), [0.025, 0.975])
+    return (0.0, 0.0) if low == high == gaps.mean() else (2 * gaps.mean() - high, 2 * gaps.mean() - low)
+
+
+my_purchase, predicted_gain = Purchase(96, 0), 0.1
+
+
+# %% mistake="forgets that votes cost" of="clean-or-noisy" says="over the budget"
+def paired_interval(right_a, right_b, rng, resamples=2000):
+    gaps = right_b.astype(float) - right_a
+    low, high = np.quantile(rng.choice(gaps, size=(resamples, len(gaps))).mean(axis=1), [0.025, 0.975])
+    return low, high
+
+
+my_purchase, predicted_gain = Purchase(0, 480, 3), 0.1
+
+
 # %% mistake="one tail of five percent" of="clean-or-noisy" says="should be about 0.066 wide"
 def paired_interval(right_a, right_b, rng, resamples=2000):
     gaps = right_b.astype(float) - right_a
@@ -2075,25 +2364,40 @@ def paired_interval(right_a, right_b, rng, resamples=2000):
     return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
 
 
-my_purchase, predicted_gain = Purchase(48, 240), -0.05
+my_purchase, predicted_gain = Purchase(48, 80, votes=3), -0.05
+
+
+# %% alternative="a loop with choice, returned as an array" of="clean-or-noisy"
+def paired_interval(right_a, right_b, rng, resamples=2000):
+    gaps = right_b.astype(int) - right_a.astype(int)
+    return np.quantile([rng.choice(gaps, len(gaps)).mean() for _ in range(resamples)], [0.025, 0.975])
+
+
+my_purchase, predicted_gain = Purchase(0, 160, 3), 0
 
 # %% [markdown]
 # ## The experiment
 #
-# Three runs, each with a company, noise and an order of the data of its own. Beside the two purchases stands a **control** that no budget buys: the crowd's 480 tickets with the right labels. Experts and crowd differ in two things, noise and number; the control differs from the crowd in noise alone, and from the experts in number alone.
+# Four runs, each with a company, noise and an order of the data of its own. Experts and single workers differ in two things, noise and number. Experts and five votes differ in one: the tickets are the same, the labels are not. Beside them stands, for the first run alone, what no budget of 48 dollars buys: the 480 tickets with the right labels, from the training that you watched.
 
 # %%
-plans = {"experts": Purchase(96, 0), "crowd": Purchase(0, 480)}
+plans = {"experts": Purchase(96, 0), "crowd": Purchase(0, 480), "voted": Purchase(0, 96, votes=5)}
 if my_purchase not in plans.values():
     plans["yours"] = my_purchase
-right = {"control": [triage.score(watched_run[steps], tests[0]).exact]}  # the run that you watched at the start
-for run in range(1, runs):
-    texts = fit(worlds[run].tickets(480, part="train"), run, "control")[steps]
-    right["control"].append(triage.score(texts, tests[run]).exact)
+right, clean = {}, {}
 for plan, purchase in plans.items():
-    answers = [fit(buy(purchase, run), run, plan)[steps] for run in range(runs)]
+    labelled = [buy(purchase, run) for run in range(runs)]
+    answers = [fit(labelled[run], run, plan)[steps] for run in range(runs)]
     right[plan] = [triage.score(texts, tests[run]).exact for run, texts in enumerate(answers)]
+    clean[plan] = np.mean(
+        [
+            got.triage == want.triage
+            for run, tickets in enumerate(labelled)
+            for got, want in zip(tickets, worlds[run].tickets(len(tickets), part="train"), strict=True)
+        ]
+    )
 model.load_state_dict(start)
+no_noise = triage.score(watched_run[steps], tests[0]).exact
 
 
 def over_runs(values: Sequence[float]) -> tuple[float, float, float]:
@@ -2106,30 +2410,34 @@ def over_runs(values: Sequence[float]) -> tuple[float, float, float]:
 exact = {plan: [float(part.mean()) for part in parts] for plan, parts in right.items()}
 contrasts = {
     "experts - crowd": ("experts", "crowd"),
-    "control - crowd: the noise": ("control", "crowd"),
-    "control - experts: the number": ("control", "experts"),
+    "five votes - crowd": ("voted", "crowd"),
+    "experts - five votes": ("experts", "voted"),
 }
 gaps = {
     name: over_runs([one - other for one, other in zip(exact[a], exact[b], strict=True)])
     for name, (a, b) in contrasts.items()
 }
 
-order = [plan for plan in ("crowd", "yours", "experts", "control") if plan in exact]
+order = [plan for plan in ("crowd", "voted", "yours", "experts") if plan in exact]
 names = {
-    "crowd": "crowd\n480, noisy",
-    "experts": "experts\n96, clean",
-    "control": "control\n480, clean",
+    "crowd": "crowd\n480 once",
+    "voted": "crowd\n96 five times",
+    "experts": "experts\n96",
     "yours": "yours",
 }
-colours = {"crowd": COLOURS.before, "experts": COLOURS.after, "control": COLOURS.truth, "yours": COLOURS.other}
-fig, (left, right_side) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(1, 1.2))
+colours = {"crowd": COLOURS.before, "experts": COLOURS.after, "voted": COLOURS.library, "yours": COLOURS.other}
+fig, (left, right_side) = plt.subplots(1, 2, figsize=(11.5, 4), width_ratios=(1.1, 1))
 for place, plan in enumerate(order):
     left.plot([place] * runs, exact[plan], "o", ms=7, alpha=0.7, color=colours[plan])
     left.plot([place - 0.2, place + 0.2], [np.mean(exact[plan])] * 2, color=colours[plan], lw=2.5)
-left.set_xticks(range(len(order)), [names[plan] for plan in order])
-left.set(xlim=(-0.5, len(order) - 0.5), ylim=(-0.03, 1.03), ylabel="exact match", title="Each dot is a run")
+left.plot(len(order), no_noise.mean(), "D", ms=7, color=COLOURS.truth)
+left.set_xticks(
+    range(len(order) + 1),
+    [f"{names[plan]}\n{clean[plan]:.0%} clean" for plan in order] + ["no budget\n480\n100% clean"],
+)
+left.set(xlim=(-0.5, len(order) + 0.5), ylim=(-0.03, 1.03), ylabel="exact match", title="Each dot is a run")
 for place, (name, (mean, low, high)) in enumerate(gaps.items()):
-    colour = COLOURS.after if place == 0 else COLOURS.before
+    colour = COLOURS.after if place == 0 else COLOURS.library
     right_side.plot([100 * low, 100 * high], [-place] * 2, color=colour, lw=4)
     right_side.plot(100 * mean, -place, "o", color=colour, ms=9)
     direct_label(right_side, 100 * mean, -place, name, colour, offset=(-40, 11))
@@ -2143,31 +2451,34 @@ right_side.set(
 plt.show()
 compare([("experts - crowd", predicted_gain, gaps["experts - crowd"][0])], format=".1%")
 
-crowd_right = np.mean(
-    [got.triage == want.triage for got, want in zip(noisy, worlds[0].tickets(480, part="train"), strict=True)]
-)
-card.record("crowd_right", crowd_right, format=".0%", label="crowd tickets with four right labels", tolerance=0.05)
-for plan in ("experts", "crowd", "control"):
+for plan in ("experts", "crowd", "voted"):
     mean, low, high = over_runs(exact[plan])
     card.record(f"exact_{plan}", mean, low=low, high=high, format=".0%", label=f"exact match, {plan}", tolerance=0.2)
-for key, name in zip(("gain", "noise_gap", "number_gap"), gaps, strict=True):
+for plan in ("crowd", "voted"):
+    card.record(
+        f"clean_{plan}", clean[plan], format=".0%", label=f"tickets with four right labels, {plan}", tolerance=0.05
+    )
+for key, name in zip(("gain", "vote_gain", "noise_left"), gaps, strict=True):
     mean, low, high = (100 * value for value in gaps[name])
     card.record(key, mean, low=low, high=high, format=".0f", unit="points", label=name, tolerance=20)
+card.record("no_noise", no_noise.mean(), format=".0%", label="exact match, 480 clean tickets, run 1", tolerance=0.3)
+card.record("experts_one", exact["experts"][0], format=".0%", label="exact match, experts, run 1", tolerance=0.3)
 
 # %% [markdown]
-# All experts reach {{exact_experts}} exact match, all crowd {{exact_crowd}}: a difference of {{gain}} points ({{gain:interval}}). The control says where it comes from. Against the same 480 tickets with right labels ({{exact_control}}), noise costs {{noise_gap}} points ({{noise_gap:interval}}); five times as many tickets, all clean, change the score by {{number_gap}} points ({{number_gap:interval}}). Only {{crowd_right}} of the crowd's tickets are right in all four fields, and exact match asks for all four.
+# All experts reach {{exact_experts}} exact match, all crowd {{exact_crowd}}: a difference of {{gain}} points ({{gain:interval}}). Only {{clean_crowd}} of the single workers' tickets are right in all four fields, and exact match asks for all four. Five votes make {{clean_voted}} of the tickets right. For the same money they reach {{exact_voted}}: {{vote_gain}} points ({{vote_gain:interval}}) more than one vote on five times as many tickets, and {{noise_left}} points ({{noise_left:interval}}) short of the experts on the very same tickets. And number? With 480 right labels the first run reaches {{no_noise}}, with 96 of them {{experts_one}}: at 60 steps, more clean tickets are not what this model lacks. (One run, so no interval.)
 #
-# What this does not show. The errors here are drawn at random, and with enough tickets and enough training they average out: deep networks learn through surprisingly high rates of such noise, if the clean signal is large enough (Rolnick et al., 2017). Here training is short. Real annotators err alike, on the same hard tickets and in the same direction, and that does not average out at any size. And the price of 5 to 1 is made up: run the lesson with `label_noise` at 0.05 before you carry its answer into a budget meeting.
+# What this does not show. The workers here err at random and independently, which is what makes votes work, and with enough tickets and enough training such errors average out without votes: deep networks learn through surprisingly high rates of them, if the clean signal is large enough (Rolnick et al., 2017). Here training is short. Real annotators err alike, on the same hard tickets and in the same direction; that does not average out, by votes or by size. And the price of 5 to 1 is made up: run the lesson with `label_noise` at 0.05 before you carry its answer into a budget meeting.
 #
 # ### Which interval?
 #
-# The intervals above are over *runs*: other companies, other noise, other orders of the data. With three runs they are wide, and honest about it. The bootstrap over *tickets* answers another question: had these two trained models met other tickets, how might the difference have come out? For two fixed checkpoints that is the right one, and there pairing pays. Here are the last two looks at the watched training, and the two purchases in each run.
+# The intervals above are over *runs*: other companies, other noise, other orders of the data. Four runs make them wide, and honest about it. The bootstrap over *tickets* answers another question: had these two trained models met other tickets, how might the difference have come out? For two fixed checkpoints that is the right one, and there pairing pays. Here are the last two looks at the watched training, and purchases against each other within a run.
 
 # %%
 late = looks[-1]
 comparisons = {
-    f"step {late} and step {steps}": (triage.score(watched_run[late], tests[0]).exact, right["control"][0]),
-    **{f"crowd and experts, run {run + 1}": (right["crowd"][run], right["experts"][run]) for run in range(runs)},
+    f"step {late} and step {steps}": (triage.score(watched_run[late], tests[0]).exact, no_noise),
+    **{f"crowd and experts, run {run + 1}": (right["crowd"][run], right["experts"][run]) for run in range(2)},
+    **{f"five votes and experts, run {run + 1}": (right["voted"][run], right["experts"][run]) for run in range(2)},
 }
 rows = []
 for name, (before, after) in comparisons.items():
@@ -2200,7 +2511,7 @@ for key in ("paired", "unpaired"):
     )
 
 # %% [markdown]
-# For the two checkpoints the paired interval is {{paired_width}} points wide, the unpaired one {{unpaired_width}}, from the same answers. Two checkpoints of one training are right and wrong on much the same tickets, so most of the noise is common to both and cancels. Two models from different data agree less, and pairing gains less. It never costs anything: keep the answers a ticket, not only the means.
+# For the two checkpoints the paired interval is {{paired_width}} points wide, the unpaired one {{unpaired_width}}, from the same answers. Two checkpoints of one training are right and wrong on much the same tickets, so most of the noise is common to both and cancels. Two models from different data agree less, and pairing gains less. Whenever their answers are positively correlated it gains something: keep the answers ticket by ticket, not only the means.
 
 # %% [markdown]
 # ## With a real model
@@ -2240,7 +2551,7 @@ card.show()
 #
 # <details><summary>You have 1,000 dollars for labels. How do you spend them?</summary>
 #
-# First a sample labelled twice, to learn the error rate of the cheap source and whether its errors are random or shared. If one field in five is wrong, few tickets are right as a whole, and short finetuning learns the noise: here {{exact_experts}} against {{exact_crowd}} for the same money. Cheap labels win where errors are rare or independent and several workers can vote, and where the task needs coverage more than precision. Whatever the choice, spend part of it on a clean test set: noise there puts a ceiling on what you can measure.
+# First a sample labelled twice, to learn the error rate of the cheap source and whether its errors are random or shared. If one field in five is wrong, few tickets are right as a whole, and short finetuning learns the noise: here {{exact_experts}} against {{exact_crowd}} for the same money. Where errors are independent, several votes on fewer tickets buy most of the difference back ({{exact_voted}}); where they are shared, no number of votes does. Cheap labels win where errors are rare, or where the task needs coverage more than precision. Whatever the choice, spend part of it on a clean test set: noise there puts a ceiling on what you can measure.
 #
 # </details>
 #
@@ -2256,6 +2567,7 @@ card.show()
 # - A. Z. Broder, [*On the resemblance and containment of documents*](https://doi.org/10.1109/SEQUEN.1997.666900), 1997. Both measures, and MinHash.
 # - P. Koehn, [*Statistical Significance Tests for Machine Translation Evaluation*](https://aclanthology.org/W04-3250/), 2004. The paired bootstrap.
 # - J. Leskovec, A. Rajaraman and J. D. Ullman, [*Mining of Massive Datasets*](http://www.mmds.org/), 3rd edition, 2020. Chapter 3: shingles, signatures, bands.
+# - V. S. Sheng, F. Provost and P. G. Ipeirotis, [*Get Another Label? Improving Data Quality and Data Mining Using Multiple, Noisy Labelers*](https://doi.org/10.1145/1401890.1401965), 2008.
 # - D. Rolnick, A. Veit, S. Belongie and N. Shavit, [*Deep Learning is Robust to Massive Label Noise*](https://arxiv.org/abs/1705.10694), 2017.
 # - J. Opitz and S. Burst, [*Macro F1 and Macro F1*](https://arxiv.org/abs/1911.03347), 2019.
 # - T. Brown et al., [*Language Models are Few-Shot Learners*](https://arxiv.org/abs/2005.14165), 2020. Appendix C on contamination.
@@ -2263,6 +2575,7 @@ card.show()
 # - M. Chen et al., [*Evaluating Large Language Models Trained on Code*](https://arxiv.org/abs/2107.03374), 2021. Section 2.1: pass@k.
 # - K. Lee et al., [*Deduplicating Training Data Makes Language Models Better*](https://arxiv.org/abs/2107.06499), 2022.
 # - L. Zheng et al., [*Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena*](https://arxiv.org/abs/2306.05685), 2023. Position and length.
+# - P. Wang et al., [*Large Language Models are not Fair Evaluators*](https://arxiv.org/abs/2305.17926), 2023. Both orders, averaged.
 # - S. Yang et al., [*Rethinking Benchmark and Contamination for Language Models with Rephrased Samples*](https://arxiv.org/abs/2311.04850), 2023.
 # - Y. Dubois, B. Galambosi, P. Liang and T. B. Hashimoto, [*Length-Controlled AlpacaEval: A Simple Way to Debias Automatic Evaluators*](https://arxiv.org/abs/2404.04475), 2024.
 # - S. Biderman et al., [*Lessons from the Trenches on Reproducible Evaluation of Language Models*](https://arxiv.org/abs/2405.14782), 2024. The harness and its task files.
