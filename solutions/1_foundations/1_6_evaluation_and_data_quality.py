@@ -34,6 +34,7 @@ seed = 0
 import itertools
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -2229,7 +2230,7 @@ assert low > -1e-9, (
     "the quantiles of the resampled differences themselves"
 )
 ### BEGIN HIDDEN TESTS
-for _n, _seed in ((1, 0), (30, 1), (151, 2)):
+for _n, _seed in ((2, 0), (30, 1), (151, 2)):
     _rng = np.random.default_rng(_seed)
     _a, _b = _rng.random(_n) < 0.4, _rng.random(_n) < 0.6
     _kept = _a.copy()
@@ -2237,8 +2238,13 @@ for _n, _seed in ((1, 0), (30, 1), (151, 2)):
     _want = np.quantile(np.random.default_rng(5).choice(_gaps, size=(20_000, _n)).mean(axis=1), [0.025, 0.975])
     _got = paired_interval(_a, _b, np.random.default_rng(7), resamples=20_000)
     # Means lie on a grid of 1 / n; a quantile of 20,000 of them may fall on the next step.
-    assert np.allclose(_got, _want, atol=1.01 / _n if _n > 1 else 1e-9), f"{_n} tickets: about {_want}, yours is {_got}"
+    assert np.allclose(_got, _want, atol=1.01 / _n if _n > 2 else 1e-9), f"{_n} tickets: about {_want}, yours is {_got}"
     assert np.array_equal(_a, _kept), "The arrays were changed in place"
+with warnings.catch_warnings(action="ignore"):  # a library may warn of so few
+    _low, _high = paired_interval(np.arange(50) < 20, np.arange(50) % 2 == 0, np.random.default_rng(3), resamples=1)
+assert _low == _high, (
+    f"From one resample both quantiles are the same number; yours are {_low} and {_high}: use resamples"
+)
 ### END HIDDEN TESTS
 
 # %% check="clean-or-noisy" points=1
@@ -2290,6 +2296,16 @@ def paired_interval(right_a, right_b, rng, resamples=2000):
     gaps = right_b.astype(float) - right_a
     means = [rng.permutation(gaps).mean().round(9) for _ in range(resamples)]
     low, high = np.quantile(means, [0.025, 0.975])
+    return low, high
+
+
+my_purchase, predicted_gain = Purchase(96, 0), 0.1
+
+
+# %% mistake="always 2,000 resamples" of="clean-or-noisy" says="use resamples"
+def paired_interval(right_a, right_b, rng, resamples=2000):
+    gaps = right_b.astype(float) - right_a
+    low, high = np.quantile(rng.choice(gaps, size=(2000, len(gaps))).mean(axis=1), [0.025, 0.975])
     return low, high
 
 
@@ -2366,6 +2382,16 @@ def paired_interval(right_a, right_b, rng, resamples=2000):
 
 
 my_purchase, predicted_gain = Purchase(48, 80, votes=3), -0.05
+
+
+# %% alternative="scipy's bootstrap" of="clean-or-noisy"
+def paired_interval(right_a, right_b, rng, resamples=2000):
+    gaps = (right_b.astype(float) - right_a.astype(float),)
+    found = stats.bootstrap(gaps, np.mean, n_resamples=resamples, method="percentile", rng=rng)
+    return found.confidence_interval.low, found.confidence_interval.high
+
+
+my_purchase, predicted_gain = Purchase(0, 96, 5), 0.2
 
 
 # %% alternative="a loop with choice, returned as an array" of="clean-or-noisy"
