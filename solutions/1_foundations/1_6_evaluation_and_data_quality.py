@@ -1663,7 +1663,7 @@ card.record("lsh_pairs", compared, format=".2%", label="pairs that banding leave
 #
 # For free text there is often no exact match, so a model judges: two replies, A and B, which is better? A judge is an instrument, and an instrument is compared with a standard before it is used. Here the standard are *gold* pairs, whose better reply is known: right and concise, against one that is *ungrounded* (a wrong value), *rambling*, or *rude*.
 #
-# The judge is the model of this lesson, trained for {{judge_trained}} steps on such pairs from another company, with a flaw that pairs from a product's logs have as well: the better reply stood first, as A, in 75% of them. Its verdict on a prompt is read from the log-odds of its next token,
+# The judge is the model of this lesson, trained for 160 steps of 8 such pairs from another company, with a flaw that pairs from a product's logs have as well: the better reply stood first, as A, in 75% of them. Its verdict on a prompt is read from the log-odds of its next token,
 #
 # $$\ell = \log p(\text{A}) - \log p(\text{B}), \qquad \text{the verdict is A when } \ell > 0, \text{ else B.}$$
 
@@ -2085,6 +2085,7 @@ for name, value, right, label in (
     low, high = triage.interval(right)
     card.record(name, value, low=low, high=high, format=".0%", label=label, tolerance=0.2)
 for name, value, label in (
+    ("judge_single", reports["ungrounded"].agreement, "single verdicts, ungrounded"),
     ("judge_consistency", whole.consistency, "pairs with the same reply preferred in both orders"),
     ("judge_says_a", reports["ungrounded"].says_a, "verdicts A, where the worse reply is wrong"),
     ("judge_identical", reports["identical"].says_a, "verdicts A on identical replies"),
@@ -2101,7 +2102,7 @@ card.record(
 # %% [markdown]
 # **Position.** Of two identical replies the judge calls A the better one in {{judge_identical}} of the cases, with log-odds of {{judge_position}} where its training data hold log 3 = 1.10. A threshold turns every leaning into a decision: what a calibrated judge believes at 75%, its verdict says at 100%. Where the evidence is weak the place decides: of the verdicts on right against wrong values {{judge_says_a}} are A, so a system that is always shown first, and is right exactly as often as its rival, is given that win rate. Over all gold pairs, {{judge_consistency}} are judged the same way in both orders.
 #
-# **What averaging mends.** Half the difference of the log-odds is free of the place, and both orders are asked and averaged for that reason (Wang et al., 2023). It adds no knowledge: on right against wrong values the averaged judge is right in {{judge_ungrounded}} of the pairs, where a coin has 50%; on rude replies in {{judge_rude}}, on rambling ones in {{judge_rambling}}. One number for all of them, {{judge_averaged}}, hides which of these you have. (With both orders shown a coin agrees in exactly half of the verdicts, so Cohen's kappa is twice the agreement minus one.)
+# **What averaging mends.** Half the difference of the log-odds is free of the place; that is why both orders are asked and averaged (Wang et al., 2023). On right against wrong values {{judge_single}} of the single verdicts agree with gold, and {{judge_ungrounded}} ({{judge_ungrounded:interval}}) of the averaged ones, where a coin has 50%: what the judge knows and the place had drowned comes back, and nothing more. On rude replies the averaged judge is right in {{judge_rude}}, on rambling ones in {{judge_rambling}}. One number for all, {{judge_agreement}} single and {{judge_averaged}} averaged, does not tell which kind of pair you have. (Each pair being shown in both orders, chance agreement is one half, so Cohen's kappa of the single verdicts is twice their agreement minus one.)
 #
 # **Length.** Averaging mends no habit that both orders share. When the worse reply is the longer one, the averaged judge is right in {{judge_worse_longer}} of the pairs; when the better one is, in {{judge_better_longer}}. On the right of the figure both replies are right: the two curves part with every word that one of them adds. It learnt "shorter is better", because in its training data that was always so; judges that learnt from people tend to the opposite (Zheng et al., 2023; Dubois et al., 2024). Only pairs in which length and quality point in different directions show it.
 #
