@@ -2021,7 +2021,8 @@ table = pd.DataFrame(
 ).T
 table.loc["identical", ["agreement", "consistency", "averaged"]] = math.nan  # neither reply is the better one
 table.columns = [*table.columns[:-1], "position / log-odds"]
-display(table.style.format("{:.0%}", na_rep="").format({"position / log-odds": "{:+.2f}"}))
+formats = {**dict.fromkeys(table.columns, "{:.0%}"), "position / log-odds": "{:+.2f}"}
+display(table.style.format(formats, na_rep=""))
 compare([("says A of identical replies", predicted_says_a, reports["identical"].says_a)], format=".0%")
 
 ladder = (0, 1, 2, 4, 8, 11)
@@ -2104,7 +2105,7 @@ card.record(
 #
 # **What averaging mends.** Half the difference of the log-odds is free of the place; that is why both orders are asked and averaged (Wang et al., 2023). On right against wrong values {{judge_single}} of the single verdicts agree with gold, and {{judge_ungrounded}} ({{judge_ungrounded:interval}}) of the averaged ones, where a coin has 50%: what the judge knows and the place had drowned comes back, and nothing more. On rude replies the averaged judge is right in {{judge_rude}}, on rambling ones in {{judge_rambling}}. One number for all, {{judge_agreement}} single and {{judge_averaged}} averaged, does not tell which kind of pair you have. (Each pair being shown in both orders, chance agreement is one half, so Cohen's kappa of the single verdicts is twice their agreement minus one.)
 #
-# **Length.** Averaging mends no habit that both orders share. When the worse reply is the longer one, the averaged judge is right in {{judge_worse_longer}} of the pairs; when the better one is, in {{judge_better_longer}}. On the right of the figure both replies are right: the two curves part with every word that one of them adds. It learnt "shorter is better", because in its training data that was always so; judges that learnt from people tend to the opposite (Zheng et al., 2023; Dubois et al., 2024). Only pairs in which length and quality point in different directions show it.
+# **Length.** Averaging mends no habit that both orders share. When the worse reply is the longer one, the averaged judge is right in {{judge_worse_longer}} of the pairs; when the better one is, in {{judge_better_longer}}. On the right of the figure both replies are right: the two curves part as one of them grows, and where the lower one crosses zero the added words outweigh the place. It learnt "shorter is better", because in its training data that was always so; judges that learnt from people tend to the opposite (Zheng et al., 2023; Dubois et al., 2024). Only pairs in which length and quality point in different directions show it.
 #
 # In practice: ask in both orders and average the log-odds, or, where an API returns the letter alone, count a tie when the orders disagree; report agreement with gold labels *by kind of pair*; keep a set of identical pairs as a blank sample; and report how often the judge prefers the longer reply beside how often the longer reply is better.
 #
@@ -2539,7 +2540,7 @@ for key in ("paired", "unpaired"):
     )
 
 # %% [markdown]
-# For the two checkpoints the paired interval is {{paired_width}} points wide, the unpaired one {{unpaired_width}}, from the same answers. Two checkpoints of one training are right and wrong on much the same tickets, so most of the noise is common to both and cancels. Two models from different data agree less, and pairing gains less. Whenever their answers are positively correlated it gains something: keep the answers ticket by ticket, not only the means.
+# For the two checkpoints the paired interval is {{paired_width}} points wide, the unpaired one {{unpaired_width}}, from the same answers. Two checkpoints of one training are right and wrong on much the same tickets, so most of the noise is common to both and cancels. Two models from different data agree less, and pairing gains less, or nothing; what counts is how strongly the two columns of right and wrong are correlated. So keep the answers ticket by ticket, not only the means.
 
 # %% [markdown]
 # ## With a real model
