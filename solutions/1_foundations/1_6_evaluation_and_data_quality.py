@@ -1994,7 +1994,7 @@ def judge_report(better_is_a, better_is_b):
 # %% [markdown]
 # ### Position and length
 #
-# Three kinds of *probe* say more than the gold pairs do. Two **identical** replies hold no evidence, so what the judge says of them is the place alone. And in the gold pairs the better reply is never the longer one: that is how they were made, and a judge trained on them cannot tell "better" from "shorter". So filler is added to the wrong value (**worse is longer**), or to the right one (**better is longer**).
+# Three kinds of *probe* say more than the gold pairs do. Two **identical** replies hold no evidence, so what the judge says of them is the place alone. And wherever the gold pairs differ much in length, the better reply is the shorter one: rambling and rudeness add words. A judge trained on such pairs cannot tell "better" from "shorter". So filler is added to the wrong value (**worse is longer**), or to the right one (**better is longer**).
 
 # %%
 FILLER = "There are many sides to this, and all of them matter."
@@ -2105,7 +2105,7 @@ card.record(
 #
 # **What averaging mends.** Half the difference of the log-odds is free of the place; that is why both orders are asked and averaged (Wang et al., 2023). On right against wrong values {{judge_single}} of the single verdicts agree with gold, and {{judge_ungrounded}} ({{judge_ungrounded:interval}}) of the averaged ones, where a coin has 50%: what the judge knows and the place had drowned comes back, and nothing more. On rude replies the averaged judge is right in {{judge_rude}}, on rambling ones in {{judge_rambling}}. One number for all, {{judge_agreement}} single and {{judge_averaged}} averaged, does not tell which kind of pair you have. (Each pair being shown in both orders, chance agreement is one half, so Cohen's kappa of the single verdicts is twice their agreement minus one.)
 #
-# **Length.** Averaging mends no habit that both orders share. When the worse reply is the longer one, the averaged judge is right in {{judge_worse_longer}} of the pairs; when the better one is, in {{judge_better_longer}}. On the right of the figure both replies are right: the two curves part as one of them grows, and where the lower one crosses zero the added words outweigh the place. It learnt "shorter is better", because in its training data that was always so; judges that learnt from people tend to the opposite (Zheng et al., 2023; Dubois et al., 2024). Only pairs in which length and quality point in different directions show it.
+# **Length.** Averaging mends no habit that both orders share. When the worse reply is the longer one, the averaged judge is right in {{judge_worse_longer}} of the pairs; when the better one is, in {{judge_better_longer}}. On the right of the figure both replies are right: the two curves part as one of them grows, and where the lower one crosses zero the added words outweigh the place. That is what its training data said of every pair of clearly different lengths; judges that learnt from people tend to the opposite (Zheng et al., 2023; Dubois et al., 2024). Only pairs in which length and quality point in different directions show it.
 #
 # In practice: ask in both orders and average the log-odds, or, where an API returns the letter alone, count a tie when the orders disagree; report agreement with gold labels *by kind of pair*; keep a set of identical pairs as a blank sample; and report how often the judge prefers the longer reply beside how often the longer reply is better.
 #
@@ -2119,7 +2119,7 @@ card.record(
 
 # %%
 class Purchase(NamedTuple):
-    """How many tickets experts label, how many others the crowd labels, and by how many workers each of the latter."""
+    """How many tickets experts label, how many others the crowd does, and how many workers each of those."""
 
     experts: int
     crowd: int
