@@ -20,7 +20,7 @@
 # %% tags=["parameters"]
 model_id = "shipped"  # "shipped", the id of a causal language model on the Hub, or a local folder
 device = "cpu"  # "cpu", "cuda" or "mps"
-runs = 5  # worlds that everything random is measured on, at least 3
+runs = 5  # worlds that everything random is measured on, at least 3; quick: 3
 longest = 200  # tokens of a page; longer ones are cut
 seed = 0
 

@@ -20,10 +20,10 @@
 model_id = "shipped"  # "shipped", the id of a causal language model on the Hub, or a local folder
 device = "cpu"  # "cpu", "cuda" or "mps"
 learning_rate = 2e-3  # for all weights of the shipped model of about a million; 1e-5 for a real one
-steps = 120
+steps = 120  # quick: 3
 batch_size = 4
 train_tickets = 1024
-test_tickets = 48  # of each run
+test_tickets = 48  # of each run; quick: 8
 runs = 3  # each with a company and an order of the data of its own
 merges = 200  # of the tokenizer that you train
 seed = 0

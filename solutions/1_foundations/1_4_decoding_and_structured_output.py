@@ -21,13 +21,13 @@
 # %% tags=["parameters"]
 model_id = "shipped"  # "shipped", the id of a causal language model on the Hub, or a local folder
 device = "cpu"  # "cpu", "cuda" or "mps"
-steps = 64  # of light tuning on triage
+steps = 64  # of light tuning on triage; quick: 3
 batch_size = 8
 learning_rate = 3e-3  # for all weights of the shipped model; 1e-5 to 5e-5 for a real one
 train_tickets = 512
-test_tickets = 32  # of each run
+test_tickets = 32  # of each run; quick: 4
 runs = 3  # each with a company, a start and an order of the data of its own
-samples = 4  # of each prompt, when sampling
+samples = 4  # of each prompt, when sampling; quick: 2
 seed = 0
 
 # %%

@@ -22,11 +22,11 @@
 model_id = "shipped"  # "shipped", the id of a causal language model on the Hub, or a local folder
 device = "cpu"  # "cpu", "cuda" or "mps"
 learning_rate = 1e-3  # right for the shipped model of about a million weights; 1e-5 to 2e-5 for a real one
-steps = 96
+steps = 96  # quick: 3
 batch_size = 4
-test_tickets = 64  # of each run
-documents = 32  # held-out documents of the pretraining stream, for measuring what is forgotten
-questions = 64  # about a passage each, in each of the two domains, for the same purpose
+test_tickets = 64  # of each run; quick: 8
+documents = 32  # held-out documents of the pretraining stream, for measuring what is forgotten; quick: 8
+questions = 64  # about a passage each, in each of the two domains, for the same purpose; quick: 8
 target = 0.7  # the exact match that the product asks for
 most_forgetting = 0.5  # the rise of the stream's loss that is allowed, as a share of plain finetuning's
 runs = 3  # each with a company and an order of the data of its own

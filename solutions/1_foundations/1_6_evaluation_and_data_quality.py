@@ -22,10 +22,10 @@
 model_id = "shipped"  # "shipped", the id of a causal language model with a chat template on the Hub, or a local folder
 device = "cpu"  # "cpu", "cuda" or "mps"
 learning_rate = 2e-3  # right for the shipped model of about a million weights; 1e-5 for a real one
-steps = 60  # of each triage training
-judge_steps = 160
+steps = 60  # of each triage training; quick: 3
+judge_steps = 160  # quick: 3
 batch_size = 8
-test_tickets = 96  # of each run
+test_tickets = 96  # of each run; quick: 48
 runs = 4  # each with a company, an order of the data and noise of its own
 label_noise = 0.2  # the chance that a crowd worker gets a field wrong
 seed = 0
