@@ -1190,11 +1190,11 @@ assert looks_ahead(suspect(up_to(10))), "Your test misses an attention that sees
 assert looks_ahead(suspect(up_to(1))), (
     "Your test misses an attention that looks one token ahead: look at every output, not at the first or last alone"
 )
-assert looks_ahead(suspect(second_sees_third)), (
-    "Your test misses a leak at one place, from the third token to the second: cut the text off after every token in turn"
-)
 assert looks_ahead(suspect(up_to(0), after_softmax=True)), (
     "Your test misses a mask after the softmax: later keys leak through the sum, so later keys must change too"
+)
+assert looks_ahead(suspect(second_sees_third)), (
+    "Your test misses a leak at one place, from the third token to the second: cut the text off after every token in turn"
 )
 ### BEGIN HIDDEN TESTS
 assert looks_ahead(suspect(up_to(0), extra=0.01)), "Your test misses a leak of one percent through the values"
@@ -1988,7 +1988,7 @@ ax.axline((0, 0), slope=1, color=COLOURS.truth, lw=1, ls="--")
 ax.axhline(0, color=COLOURS.truth, lw=0.8)
 ax.margins(x=0.35)
 ax.set(xlabel="rise of the loss at the first occurrence / nats", ylabel="rise of the loss at the second / nats")
-ax.set_title("What silence costs (dot: one head, diamond: several; blue: copying)")
+ax.set_title("What silence costs (dot: one head, diamond: in the table)")
 plt.show()
 columns = ["silenced", "first occurrence (nats)", "second occurrence (nats)", "low", "high"]
 display(pd.DataFrame(rows, columns=columns).style.format(precision=2).hide(axis="index"))
@@ -1996,7 +1996,7 @@ display(pd.DataFrame(rows, columns=columns).style.format(precision=2).hide(axis=
 # %% [markdown]
 # Without the copying heads (there are {{copying_heads}}) the loss changes by {{silenced_copying}} nats ({{silenced_copying:interval}}, over the other worlds) where a token can be copied, and by {{silenced_copying_first}} nats where it cannot. As many other heads, the mean of eight random draws, change it by {{silenced_control}} nats where it can be copied. Compare the three: the wider these gaps, the stronger the evidence that the heads copy; a map alone is none. (A change below zero is no contradiction: a head that copies also votes where nothing repeats.)
 #
-# The head that looks one back has another job (the left map above has its copying score), and its silence costs {{silenced_back}} nats at the second occurrence: in the account of Olsson et al. it writes into each position what came before it, which is what a copying head searches for. As far as single copying heads (blue dots) cost less than all of them (blue diamond), they stand in for each other. The grey dot with a label is the costliest of the remaining heads: look it up in both maps. If they show nothing, it does something here that neither score asks about, and a search by score would have missed it.
+# The head that looks one back has another job (the left map above has its copying score), and its silence costs {{silenced_back}} nats at the second occurrence: in the account of Olsson et al. it writes into each position what came before it, which is what a copying head searches for. As far as single copying heads (blue dots) cost less than all of them (blue diamond), they stand in for each other. The grey dot with a label is the costliest of the remaining heads: draws that hold it may make up most of the mean of the draws. Look it up in both maps. If they show nothing, it does something here that neither score asks about, and a search by score would have missed it.
 #
 # So a map of attention says where a head looks, and an intervention what it is needed for. All this holds for lists of names in this model; and zero is not the only way to silence a head, a mean over other texts is another.
 
