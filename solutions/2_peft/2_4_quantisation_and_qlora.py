@@ -71,7 +71,7 @@ card = ResultCard("2_4_quantisation_and_qlora")
 #
 # $$c = \arg\min_j \left|\frac{w}{s} - \ell_j\right|, \qquad \hat w = s\,\ell_c .$$
 #
-# The simplest choice is absmax int8: the levels are $-127/127, -126/127, \dots, 127/127$, so that the code is the rounded $127\, w / s$, and each row of a matrix has its scale (LLM.int8() calls this *vector-wise*; Dettmers et al., 2022, section 2.1). The code −128 is not used, which keeps zero and the sign symmetric.
+# The simplest choice is absmax int8: the levels are $-127/127, -126/127, \dots, 127/127$, so that the code is the rounded $127\, w / s$, and each row of a matrix has its scale (LLM.int8() calls this *vector-wise*; Dettmers et al., 2022, section 3.1). The code −128 is not used, which keeps zero and the sign symmetric.
 #
 # How wrong can it be? Nothing is clipped, since $s$ is the largest magnitude. So a weight lies between two levels or on one, and its error is at most half of the widest gap between neighbouring levels, times $s$. This bound needs no assumption on the weights; that is why you can test it on *any* input, instead of comparing a few examples.
 #
@@ -135,7 +135,9 @@ for _shape, _spread in [((5, 33), 1.0), ((1, 1), 0.02), ((64, 128), 0.05), ((7, 
     _tie = (_exact - _exact.floor() - 0.5).abs() < 1e-4
     assert torch.equal(_codes[~_tie], _want[~_tie]), f"{_shape}: your codes differ from those of bitsandbytes"
 _codes, _absmax = quantise_rows(torch.zeros(2, 3))
-assert not (_codes.any() or _absmax.any()), "A row of zeros has zero codes and absmax 0, and no NaN on the way"
+assert not torch.cat([_codes.flatten().float(), _absmax]).any(), (
+    "A row of zeros has zero codes and absmax 0, and no NaN on the way"
+)
 ### END HIDDEN TESTS
 
 # %% check="absmax-int8" points=2
@@ -311,7 +313,7 @@ display(found.style.format({"draws that break the bound": "{:.0%}"}).hide(axis="
 #
 # $$p = 1 - \frac12\left(\frac{1}{2\,(2^k - 1)} + \frac{1}{2 \cdot 2^k}\right),$$
 #
-# which for $k = 4$ is the constant 0.9677083 in the source of `bitsandbytes` (Yoshida, 2023, section 2, shows where it comes from). The paper defines NF4; other $k$ follow the same recipe here so that you can see where it stops working.
+# which for $k = 4$ is the constant 0.9677083 in the source of `bitsandbytes` (Yoshida, 2023, reconstructs where it comes from). The paper defines NF4; other $k$ follow the same recipe here so that you can see where it stops working.
 #
 # **Exercise.** `normal_float(bits)` returns the sorted levels of NF-`bits`, `(2**bits,)` float32. `normal_float(2)` is `[-1, 0, 0.4358, 1]`: two positive levels, from $q = 0.8542$ and $0.6771$, and one negative. *About 5 lines.*
 #
@@ -816,7 +818,7 @@ print(f"in memory: {model.get_memory_footprint():,d} bytes before, {loaded.get_m
 #
 # Under an absmax scale, one large number makes the steps wide for all that share its scale. There are two kinds, and they are mended in different ways.
 #
-# **In activations.** LLM.int8() quantises the inputs of a layer too, each row by its absmax, so that the product runs in integers. In models beyond a few billion parameters, a handful of hidden dimensions hold values some twenty times larger than the others, in all rows; then nearly everything else in the row is rounded to zero (Dettmers et al., 2022, section 4). The mend: columns of the input with a magnitude of 6 or more are left out of the integer product and multiplied in 16 bits. Left panel: one such column of growing size, with and without the mend.
+# **In activations.** LLM.int8() quantises the inputs of a layer too, each row by its absmax, so that the product runs in integers. In models of about 6.7 billion parameters and more, a few hidden dimensions hold values up to twenty times larger than the others, in nearly all rows; most of the row is then rounded to few codes (Dettmers et al., 2022, section 4). The mend: columns of the input with a magnitude of 6 or more are left out of the integer product and multiplied in 16 bits (section 3.2). Left panel: one such column of growing size, with and without the mend.
 #
 # **In weights.** Take input channel $j$ of a layer, divide its activations by $g$ (in the weight of the norm before it) and multiply column $j$ of the weight by $g$: the function stays the same, and the weight matrix has an outlier in every row. So you can plant outliers without changing what the full-precision model computes: whatever the loss does is due to rounding. Right panel: in each layer, one input channel in 128 is scaled by $g$ and everything is quantised to NF4. (Read backwards, this identity is the idea of SmoothQuant and AWQ, which choose $g$ so that the rounding hurts least.)
 
@@ -1538,7 +1540,7 @@ ax.grid(axis="y", visible=False)
 plt.show()
 
 # %% [markdown]
-# Two parts are easily forgotten. The embedding and the head of this model stay in 16 bits: a seventh of the parameters, but more than a third of what QLoRA holds frozen. And the activations, above all the logits over 128,256 tokens, do not shrink with the weights. NF4 cuts the linear weights to about a quarter, and the whole from {{gib_bf16}} to {{gib_nf4}} only.
+# Two parts are easily forgotten. The embedding and the head of this model stay in 16 bits: 13 % of the parameters, but more than a third of the bytes that QLoRA holds frozen. And the activations, above all the logits over 128,256 tokens, do not shrink with the weights. NF4 cuts the linear weights to about a quarter, and the whole from {{gib_bf16}} to {{gib_nf4}} only.
 #
 # For serving there is no optimizer and no gradient. There the key-value cache takes the place of the activations: $2 \cdot 32 \cdot 8 \cdot 128 \cdot 2$ bytes, 128 KiB a token in bf16, so 1 GiB for each 8,192 tokens of all requests together (lesson 1.2).
 
@@ -1673,7 +1675,7 @@ ax.set_yscale("symlog", linthresh=1e-3)
 ax.set(
     xlabel="bits a weight, scales included",
     ylabel="rise of the loss (nats a token)",
-    title="Smooth down to 4 bits, then a cliff",
+    title="What each bit costs",
 )
 plt.show()
 columns = ["bits a weight", "rise of the loss (nats)", "low", "high", "perplexity", "exact match"]
@@ -1744,7 +1746,7 @@ compare(
 # %% [markdown]
 # Four bits are a step on a slope, two bits are over an edge: NF4 costs {{nf4_rise}}, NF3 {{nf3_rise}}, NF2 {{nf2_rise}}. Each bit less multiplies the squared error of the weights by about four; the loss follows that only as long as the errors are small. Blocks and levels matter more the fewer bits there are: at 4 bits, even levels cost {{int4_rise}} and a single scale a tensor {{tensor_rise}}.
 #
-# The figure does not show that 4 bits are "free". The rise is {{nf4_rise:interval}}, and it does not contain zero; whether it matters is for your task to say. Exact match of reading goes from {{reading_float32}} to {{reading_nf4}} with NF4 and {{reading_nf3}} with NF3. And a small model is a hard case: larger ones lose less at 4 bits (Dettmers and Zettlemoyer, 2023).
+# The figure does not show that 4 bits are "free". The rise is {{nf4_rise:interval}}, and it does not contain zero; whether it matters is for your task to say. Exact match of reading goes from {{reading_float32}} to {{reading_nf4}} with NF4 and {{reading_nf3}} with NF3. How the price depends on the size of the model is the subject of Dettmers and Zettlemoyer (2023): for a given number of bits in all, a larger model with 4 bits a weight was nearly always better than a smaller one with more.
 #
 # ## The recovery
 #
