@@ -24,10 +24,10 @@ device = "cpu"  # "cpu" or "cuda"
 block_size = 64  # weights that share one scale
 rank = 4
 learning_rate = 3e-3  # right for the shipped model of about a million weights; 1e-4 to 3e-4 for a real one
-steps = 30
+steps = 20
 batch_size = 8
-test_documents = 128
-runs = 3  # each with documents, a start and an order of its own
+test_documents = 96
+runs = 3  # at least 2; each with documents, a start and an order of its own
 seed = 0
 
 # %%
@@ -49,7 +49,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from labkit import adapters, base_model, triage
 from labkit.base_model.loading import SHIPPED, quiet
 from labkit.base_model.probe import copying
-from labkit.plots import COLOURS, band, direct_label, label_lines, use_house_style
+from labkit.plots import COLOURS, band, direct_label, intervals, label_lines, use_house_style
 from labkit.predict import compare
 from labkit.results import ResultCard
 from labkit.world import LESSON_SEEDS
@@ -276,29 +276,40 @@ def damaged(w: Tensor, fault: str) -> tuple[Tensor, Tensor]:
     return bnb.functional.dequantize_4bit(packed, state), true_absmax
 
 
-def breaks(fault: str, draws: int = 50) -> float:
+def breaks(fault: str, width: int, draws: int = 50) -> float:
     """The share of random tensors on which a fault breaks the bound, by more than the rounding of float32."""
     broken = 0
     for draw in range(draws):
-        w = torch.randn(4, 96, generator=torch.Generator().manual_seed(draw)) * 0.02
+        w = torch.randn(4, width, generator=torch.Generator().manual_seed(draw)) * 0.02
         w_hat, absmax = damaged(w, fault)
         bound = error_bound(nf4_levels, absmax).repeat_interleave(64).view_as(w)
         broken += bool(((w_hat - w).abs() > bound * (1 + 1e-5)).any())
     return broken / draws
 
 
-faults = [
-    "none",
-    "nibbles swapped",
-    "scales of the neighbouring block",
-    "every code too high by one",
-    "scale stored as bfloat16",
+cases = [
+    ("none", 128),
+    ("nibbles swapped", 128),
+    ("scales of the neighbouring block", 128),
+    ("every code too high by one", 128),
+    ("scale stored as bfloat16", 128),
+    ("none", 96),
 ]
-found = pd.DataFrame([(fault, breaks(fault)) for fault in faults], columns=["fault", "draws that break the bound"])
+found = [(fault, f"4 x {width}", breaks(fault, width)) for fault, width in cases]
+found = pd.DataFrame(found, columns=["planted fault", "shape of w", "draws that break the bound"])
 display(found.style.format({"draws that break the bound": "{:.0%}"}).hide(axis="index"))
+card.record(
+    "odd_width",
+    breaks("none", 96),
+    format=".0%",
+    label="bitsandbytes on the CPU, rows of 96: draws beyond the bound",
+    tolerance=1,
+)
 
 # %% [markdown]
-# The last line is the limit of the method: a fault that is smaller than the slack of the bound passes. A property tells you that nothing is badly wrong, for all inputs; equality with a reference implementation tells you that nothing is wrong, for the inputs that you tried. You want both, and you get the second below.
+# The fifth line is the limit of the method: a fault that is smaller than the slack of the bound passes. A property says that nothing is badly wrong, for all inputs; equality with a reference says that nothing is wrong at all, for the inputs that you tried. You want both, and the second follows below.
+#
+# The sixth line is a find. Nothing was planted there: `bitsandbytes` 0.50.2, on the CPU that measured these results, breaks the bound in {{odd_width}} of the draws, because it dequantises a matrix with the wrong scales when its rows are no multiple of the block. (If your line says 0 %, your processor takes another path through the library.) Models have widths that are multiples of 64, so examples taken from models do not show it. Where rows may have any width, this lesson hands the library the weights as one row.
 
 # %% [markdown]
 # ## Levels for normal weights
@@ -480,10 +491,10 @@ for ax, name, levels, colour in [
     )
 axes[0].set_ylabel("share of the weights (%)")
 axes[0].annotate(
-    "distribution of the\nweights (any scale)",
+    "line: all weights,\nscaled to the highest bar",
     (0.45, 0.5),
     xycoords="axes fraction",
-    xytext=(0.68, 0.75),
+    xytext=(0.6, 0.8),
     fontsize=9,
     color=COLOURS.truth,
 )
@@ -770,11 +781,12 @@ compared = differ = 0
 weights_error = 0.0
 for weight in originals.values():
     codes, absmax = quantise(weight.cpu(), nf4_levels, block_size)
-    packed, state = bnb.functional.quantize_4bit(weight.cpu(), blocksize=block_size, quant_type="nf4")
+    one_row = weight.cpu().reshape(1, -1)
+    packed, state = bnb.functional.quantize_4bit(one_row, blocksize=block_size, quant_type="nf4")
     theirs = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()[: len(codes)]
     compared, differ = compared + len(codes), differ + int((codes != theirs).sum())
     assert torch.equal(pack(codes), packed.flatten()) or differ, "the codes agree, the bytes do not"
-    mine = dequantise(codes, absmax, nf4_levels, block_size).view_as(weight)
+    mine = dequantise(codes, absmax, nf4_levels, block_size).view_as(one_row)
     weights_error = max(weights_error, (mine - bnb.functional.dequantize_4bit(packed, state)).abs().max().item())
 print(f"{differ} of {compared:,d} codes differ; the dequantised weights differ by {weights_error} at most")
 card.record("codes_compared", compared, format=",d", label="NF4 codes compared with bitsandbytes")
@@ -1073,24 +1085,24 @@ def compare_with_dense(d_out: int, d_in: int, lead: tuple[int, ...]) -> None:
     )
 
 
-compare_with_dense(16, 16, (3,))
-compare_with_dense(6, 8, (2, 5))
+compare_with_dense(64, 64, (3,))
+compare_with_dense(6, 128, (2, 5))
 ### BEGIN HIDDEN TESTS
-for _out, _in, _lead in [(2, 64, (1,)), (64, 2, (4, 1, 3)), (32, 96, (7,)), (5, 10, (2, 2))]:
+for _out, _in, _lead in [(2, 64, (1,)), (192, 64, (4, 1, 3)), (32, 128, (7,)), (5, 192, (2, 2))]:
     compare_with_dense(_out, _in, _lead)
 ### END HIDDEN TESTS
 
 # %% check="four-bit-linear" points=2
-packed, state = bnb.functional.quantize_4bit(torch.randn(64, 32), blocksize=64, quant_type="nf4")
-x = torch.randn(5, 32, requires_grad=True)
+packed, state = bnb.functional.quantize_4bit(torch.randn(32, 64), blocksize=64, quant_type="nf4")
+x = torch.randn(5, 64, requires_grad=True)
 kept = kept_bytes(FourBitLinear.apply(x, packed, state), packed)
-assert kept < 64 * 32 * 4, (
+assert kept < 32 * 64 * 4, (
     f"{kept} bytes are kept for the backward pass: the dequantised weight is among them; keep packed and state, and dequantise again"
 )
 assert kept != x.nbytes, "You keep x: it is needed for a gradient of the weight, which is frozen and has none"
 assert kept == 0, f"Beyond packed and state nothing should be kept; yours keeps {kept} bytes more"
 ### BEGIN HIDDEN TESTS
-for _out, _in in [(8, 8), (128, 64)]:
+for _out, _in in [(64, 64), (8, 128)]:
     _packed, _state = bnb.functional.quantize_4bit(torch.randn(_out, _in), blocksize=64, quant_type="nf4")
     _kept = kept_bytes(FourBitLinear.apply(torch.randn(3, _in, requires_grad=True), _packed, _state), _packed)
     assert _kept == 0, f"Beyond packed and state nothing should be kept; yours keeps {_kept} bytes more"
@@ -1237,14 +1249,14 @@ print(f"losses of five steps, 4-bit base against dequantised base: at most {qlor
 card.record(
     "qlora_gap",
     qlora_gap,
-    format=".0e",
+    format=".1g",
     label="largest loss difference, 4-bit base and dequantised base",
     unit="nats",
     tolerance=1e-3,
 )
 
 # %% [markdown]
-# The plain product keeps {{naive_kept}} for one small layer, yours {{own_kept}}; the library's does the same as yours (its `MatMul4Bit` is the function that you have just written). Five training steps differ by {{qlora_gap}} at most. The price is time: each weight is dequantised twice a step, three times with gradient checkpointing.
+# The plain product keeps {{naive_kept}} for one small layer, yours {{own_kept}}; the library's layer does the same as yours (`MatMul4Bit` in its source). Five training steps differ by {{qlora_gap}} at most. The price is time: each weight is dequantised twice a step, three times with gradient checkpointing.
 #
 # ## Count the bytes
 #
@@ -1522,18 +1534,14 @@ for place, method in enumerate(shown):
     for size, colour in zip(parts[method], [COLOURS.before, COLOURS.after, COLOURS.other], strict=True):
         ax.barh(place, size, left=left, color=colour, height=0.6)
         left += size
-    ax.text(left + 0.2, place, f"{left:.1f} GiB", va="center", fontsize=10, fontweight="bold")
-frozen, adapter, _ = parts["bf16"]
-for x, text, colour in [
-    (0, "frozen weights", COLOURS.before),
-    (frozen - 0.6, "adapter", COLOURS.after),
-    (frozen + adapter + 1.2, "activations", COLOURS.other),
-]:
-    ax.text(x, 2.38, text, color=colour, fontsize=10, fontweight="bold")
+    ax.text(left + 0.4, place, f"{left:.1f} GiB", va="center", fontsize=10, fontweight="bold")
+for x, text in [(0.4, "frozen weights"), (parts["bf16"][0] + 1.5, "activations")]:
+    ax.text(x, 2, text, color="white", fontsize=10, fontweight="bold", va="center")
+direct_label(ax, parts["bf16"][0], 2.3, "adapter", COLOURS.after, offset=(-22, 3))
 for size in (16, 24):
     ax.axvline(size, color=COLOURS.wrong, lw=1.2, ls="--")
-    ax.text(size + 0.15, -0.47, f"{size} GiB", color=COLOURS.wrong, fontsize=10)
-ax.set(xlabel="GiB", xlim=(0, 27), ylim=(-0.5, 2.8))
+    ax.text(size + 0.15, -0.47, f"a GPU of {size} GiB", color=COLOURS.wrong, fontsize=10)
+ax.set(xlabel="GiB", xlim=(0, 28), ylim=(-0.5, 2.7))
 ax.set_title(f"8 B model, rank 16, 4,096 tokens (full finetuning: {sum(parts['full']):.0f} GiB)")
 ax.set_yticks(range(3), [names[method] for method in shown])
 ax.grid(axis="y", visible=False)
@@ -1630,15 +1638,16 @@ def evenly_spaced(bits: int) -> Tensor:
 
 
 def by_rows(w: Tensor) -> Tensor:
-    """A weight after absmax int8 with one scale a row."""
+    """A weight after absmax int8 with one scale a row; inputs stay as they are."""
     codes, scale = quantise_rows(w.cpu())
     return codes * scale[:, None] / 127
 
 
 def double_nf4(w: Tensor) -> Tensor:
     """A weight after bitsandbytes' NF4 with double quantisation."""
-    packed, state = bnb.functional.quantize_4bit(w.cpu(), blocksize=64, quant_type="nf4", compress_statistics=True)
-    return bnb.functional.dequantize_4bit(packed, state)
+    one_row = w.cpu().reshape(1, -1)
+    packed, state = bnb.functional.quantize_4bit(one_row, blocksize=64, quant_type="nf4", compress_statistics=True)
+    return bnb.functional.dequantize_4bit(packed, state).view_as(w)
 
 
 precisions = {("bf16", 16.0): lambda w: w.bfloat16().float(), ("int8, rows", 8.0): by_rows}
@@ -1658,9 +1667,9 @@ put(originals)
 
 fig, ax = plt.subplots(figsize=(8, 4))
 for suffix, prefix, label, colour in [
-    (", tensor", "NF", "NF, one scale\na tensor", COLOURS.wrong),
-    ("", "INT", "even levels,\nblocks", COLOURS.before),
-    ("", "NF", "NF, blocks", COLOURS.after),
+    (", tensor", "NF", "NF, one scale a tensor", COLOURS.wrong),
+    ("", "INT", "even levels, blocks of 64", COLOURS.before),
+    ("", "NF", "NF, blocks of 64", COLOURS.after),
 ]:
     line = sorted(
         (bits, *values[:3])
@@ -1670,7 +1679,8 @@ for suffix, prefix, label, colour in [
     bits, middle, low, high = np.array(line).T
     ax.plot(bits, middle, "o-", color=colour)
     ax.fill_between(bits, low, high, color=colour, alpha=0.18, lw=0)
-    direct_label(ax, bits[0], middle[0], label, colour, offset=(8, 0) if prefix == "INT" or suffix else (-8, -40))
+    height = {COLOURS.wrong: 0.93, COLOURS.before: 0.85, COLOURS.after: 0.77}[colour]
+    ax.text(0.62, height, label, color=colour, transform=ax.transAxes, fontsize=10, fontweight="bold")
 ax.set_yscale("symlog", linthresh=1e-3)
 ax.set(
     xlabel="bits a weight, scales included",
@@ -1744,7 +1754,7 @@ compare(
 )
 
 # %% [markdown]
-# Four bits are a step on a slope, two bits are over an edge: NF4 costs {{nf4_rise}}, NF3 {{nf3_rise}}, NF2 {{nf2_rise}}. Each bit less multiplies the squared error of the weights by about four; the loss follows that only as long as the errors are small. Blocks and levels matter more the fewer bits there are: at 4 bits, even levels cost {{int4_rise}} and a single scale a tensor {{tensor_rise}}.
+# Four bits are a step on a slope, two bits are over an edge: NF4 costs {{nf4_rise}}, NF3 {{nf3_rise}}, NF2 {{nf2_rise}}. Each bit less multiplies the squared error of the weights by about four; the loss follows that only as long as the errors are small. With the same four bits for a code, even levels cost {{int4_rise}} and a single scale a tensor {{tensor_rise}}. But scales are bits too. Compare the curves at equal *total* bits before you credit the blocks: where weights have no outliers, half a bit a weight spent on scales need not buy more than half a bit spent on codes. Nor are the normal levels the best everywhere; look at both ends of the curves. NF4 in blocks of 64 is a good compromise at 4 bits for weights that may have outliers, and no law.
 #
 # The figure does not show that 4 bits are "free". The rise is {{nf4_rise:interval}}, and it does not contain zero; whether it matters is for your task to say. Exact match of reading goes from {{reading_float32}} to {{reading_nf4}} with NF4 and {{reading_nf3}} with NF3. How the price depends on the size of the model is the subject of Dettmers and Zettlemoyer (2023): for a given number of bits in all, a larger model with 4 bits a weight was nearly always better than a smaller one with more.
 #
@@ -1786,27 +1796,20 @@ def gap_to(arm: str, control: str) -> tuple[float, float, float]:
     return gaps.mean(), gaps.mean() - half, gaps.mean() + half
 
 
+quantised = [arm for arm in arms if arm != "float32"]
 fig, ax = plt.subplots(figsize=(8, 3.8))
-for place, (arm, (_, _, colour)) in enumerate(arms.items()):
-    ax.plot(place - 0.12, before[arm], "v", color=colour, ms=9, mfc="none")
-    ax.plot([place + 0.12] * runs, after[arm], "o", color=colour, ms=6)
-    ax.annotate(
-        "",
-        (place + 0.08, max(np.mean(after[arm]), 1e-9)),
-        (place - 0.08, before[arm]),
-        arrowprops={"arrowstyle": "->", "color": colour, "lw": 1},
-    )
-ax.axhline(floor, color=COLOURS.truth, lw=1, ls=":")
-ax.text(len(arms) - 0.5, floor, "floor of\nthe data", va="center", fontsize=9)
-ax.set_yscale("log")
-ax.set_yticks([0.7, 1, 2, 4, 8], ["0.7", "1", "2", "4", "8"])
-ax.minorticks_off()
-ax.set_xticks(range(len(arms)), [arm.replace(", ", "\n") for arm in arms])
-ax.set(
-    ylabel="loss (nats a token)",
-    xlim=(-0.5, len(arms) - 0.4),
-    title=f"Before (triangles) and after {steps} steps of LoRA (a dot a run)",
-)
+for place, arm in enumerate(quantised):
+    colour = arms[arm][2]
+    start, (middle, low, high) = before[arm] - before["float32"], gap_to(arm, "float32")
+    ax.plot(place - 0.15, start, "v", color=colour, ms=9, mfc="none")
+    intervals(ax, [place + 0.15], [middle], [low], [high], colour)
+    arrow = {"arrowstyle": "->", "color": colour, "lw": 1, "shrinkA": 6, "shrinkB": 6}
+    ax.annotate("", (place + 0.15, middle), (place - 0.15, start), arrowprops=arrow)
+ax.axhline(0, color=COLOURS.truth, lw=1)
+ax.set_yscale("symlog", linthresh=1e-3)
+ax.set_xticks(range(len(quantised)), [arm.replace(", ", "\n") for arm in quantised])
+ax.set(ylabel="above float32 (nats a token)", xlim=(-0.5, len(quantised) - 0.5))
+ax.set_title(f"Damage before (triangle) and after {steps} steps of LoRA (95 % over runs)")
 plt.show()
 
 rows_after = []
@@ -1821,7 +1824,7 @@ for arm in arms:
             gap[0],
             gap[1],
             gap[2],
-            1 - gap[0] / damage if arm in ("NF4", "NF3", "NF2") else math.nan,
+            1 - gap[0] / damage if arm.startswith("NF") and damage > 0 else math.nan,
         )
     )
 columns = ["frozen base", "before", "after", "gap to float32", "low", "high", "damage repaired"]
