@@ -307,7 +307,7 @@ card.record(
 )
 
 # %% [markdown]
-# The fifth line is the limit of the method: a fault that is smaller than the slack of the bound passes. A property says that nothing is badly wrong, for all inputs; equality with a reference says that nothing is wrong at all, for the inputs that you tried. You want both, and the second follows below.
+# The fifth line is the limit of the method: a fault that is small beside the slack of the bound shows only when a weight happens to lie almost exactly in the middle of the widest gap. A property says that nothing is badly wrong, for all inputs; equality with a reference says that nothing is wrong at all, for the inputs that you tried. You want both, and the second follows below.
 #
 # The sixth line is a find. Nothing was planted there: `bitsandbytes` 0.50.2, on the CPU that measured these results, breaks the bound in {{odd_width}} of the draws, because it dequantises a matrix with the wrong scales when its rows are no multiple of the block. (If your line says 0 %, your processor takes another path through the library.) Models have widths that are multiples of 64, so examples taken from models do not show it. Where rows may have any width, this lesson hands the library the weights as one row.
 
