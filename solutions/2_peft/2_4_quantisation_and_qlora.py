@@ -1557,10 +1557,14 @@ for place, method in enumerate(shown):
     for size, colour in zip(parts[method], [COLOURS.before, COLOURS.after, COLOURS.other], strict=True):
         ax.barh(place, size, left=left, color=colour, height=0.6)
         left += size
-    ax.text(left + 0.4, place, f"{left:.1f} GiB", va="center", fontsize=10, fontweight="bold")
-for x, text in [(0.4, "frozen weights"), (parts["bf16"][0] + 1.5, "activations")]:
-    ax.text(x, 2, text, color="white", fontsize=10, fontweight="bold", va="center")
-direct_label(ax, parts["bf16"][0], 2.3, "adapter", COLOURS.after, offset=(-22, 3))
+    ax.text(left - 0.25, place, f"{left:.1f} GiB", va="center", ha="right", color="white", fontweight="bold")
+frozen, adapter, _ = parts["bf16"]
+for x, text, colour in [
+    (0, "frozen weights", COLOURS.before),
+    (frozen - 1.7, "adapter", COLOURS.after),
+    (frozen + adapter + 1.2, "activations", COLOURS.other),
+]:
+    ax.text(x, 2.38, text, color=colour, fontsize=10, fontweight="bold")
 for size in (16, 24):
     ax.axvline(size, color=COLOURS.wrong, lw=1.2, ls="--")
     ax.text(size + 0.15, -0.47, f"a GPU of {size} GiB", color=COLOURS.wrong, fontsize=10)
@@ -1831,6 +1835,8 @@ for place, arm in enumerate(quantised):
 ax.axhline(0, color=COLOURS.truth, lw=1)
 ax.set_yscale("symlog", linthresh=1e-3)
 ax.set_xticks(range(len(quantised)), [arm.replace(", ", "\n") for arm in quantised])
+everything = [before[arm] - before["float32"] for arm in quantised] + [gap_to(arm, "float32")[0] for arm in quantised]
+ax.set(ylim=(min(-1e-3, 2 * min(everything)), max(1e-2, 3 * max(everything))))
 ax.set(ylabel="above float32 (nats a token)", xlim=(-0.5, len(quantised) - 0.5))
 ax.set_title(f"Damage before (triangle) and after {steps} steps of LoRA (95 % over runs)")
 plt.show()
