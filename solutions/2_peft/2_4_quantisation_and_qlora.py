@@ -49,7 +49,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from labkit import adapters, base_model, triage
 from labkit.base_model.loading import SHIPPED, quiet
 from labkit.base_model.probe import copying
-from labkit.plots import COLOURS, band, direct_label, intervals, label_lines, use_house_style
+from labkit.plots import COLOURS, band, intervals, label_lines, use_house_style
 from labkit.predict import compare
 from labkit.results import ResultCard
 from labkit.world import LESSON_SEEDS
