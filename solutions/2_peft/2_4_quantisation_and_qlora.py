@@ -7,7 +7,7 @@
 #
 # **You need.** Lesson 2.1 (LoRA, `peft`); autograd; quantiles of the normal distribution.
 #
-# **Time.** About 80 minutes, 54 of them for the exercises. The solution runs in {{run:seconds}} s on two CPU cores.
+# **Time.** About 80 minutes, 55 of them for the exercises. The solution runs in {{run:seconds}} s on two CPU cores.
 
 # %% [markdown]
 # ## Why it matters at work
@@ -517,7 +517,7 @@ card.record(
 #
 # One outlier in a matrix would set the scale for all its weights. QLoRA therefore flattens the tensor row by row, cuts it into blocks of 64, and gives each block a scale of its own. A block may begin in one row and end in the next; the last one may be shorter. Two codes go into a byte.
 #
-# **Exercise.** Three functions that together are `bitsandbytes.functional.quantize_4bit`.
+# **Exercise.** Three functions. The first and the third together are `bitsandbytes.functional.quantize_4bit`, the second undoes the first.
 #
 # 1. `quantise(w, levels, block)` returns `(codes, absmax)` for a float32 tensor `w` of any shape with $n \ge 1$ entries: `codes` `(n,)` uint8, the index of the nearest level for each weight in row-major order, and `absmax` `(ceil(n / block),)` float32. To agree with `bitsandbytes` in the last bit, multiply by the reciprocal of the scale (clamped at 1e-38, so that a block of zeros works) and compare with the midpoints between levels; a weight exactly on a midpoint takes the lower code. With levels `[-1, 0, 1]`, block 2 and `w = [[0.1, -0.3], [4., 3.], [0.5, 0.]]` the codes are `[1, 0, 2, 2, 2, 1]` and absmax is `[0.3, 4, 0.5]`. Levels have at most 256 entries. *About 6 lines.*
 # 2. `dequantise(codes, absmax, levels, block)` returns the `(n,)` float32 weights. *About 1 line.*
@@ -1584,7 +1584,7 @@ plt.show()
 #
 # You have one GPU with 16 GiB, and the job of the figure: the 8 B model, batch 1 at 4,096 tokens with checkpointing. Full finetuning is out. For the three others, in GiB: `bf16` holds 14.96 + 0.0391 for each unit of rank, `int8` 8.46 + 0.0391, `nf4` (blocks of 64, double) 5.31 + 0.0391; to which the 6.66 GiB of activations and allowance are added.
 #
-# With 8 bits, the rank is limited; with 4 bits, there is room for a rank several times as large. Which error is worse: that of the rounding, or that of the smaller adapter? The experiment below makes the same trade on this lesson's model: int8 with rank 4 against NF4 with rank 16, next to other precisions.
+# With 8 bits, the rank is limited; with 4 bits, there is room for a rank several times as large. Which error is worse: that of the rounding, or that of the smaller adapter? The experiment below makes the same trade on this lesson's model: int8 with rank 4 against NF4 with rank 16, next to other precisions, all with one learning rate and alpha twice the rank.
 #
 # **Exercise.** No code; decide.
 #
@@ -1783,7 +1783,7 @@ compare(
 # %% [markdown]
 # Four bits are a step on a slope, two bits are over an edge: NF4 costs {{nf4_rise}}, NF3 {{nf3_rise}}, NF2 {{nf2_rise}}. Each bit less multiplies the squared error of the weights by about four; the loss follows that only as long as the errors are small. With the same four bits for a code, even levels cost {{int4_rise}} and a single scale a tensor {{tensor_rise}}. But scales are bits too. Compare the curves at equal *total* bits before you credit the blocks: where weights have no outliers, half a bit a weight spent on scales need not buy more than half a bit spent on codes. Nor are the normal levels the best everywhere; look at both ends of the curves. NF4 in blocks of 64 is a good compromise at 4 bits for weights that may have outliers, and no law.
 #
-# The figure does not show that 4 bits are "free". The rise is {{nf4_rise:interval}}, and it does not contain zero; whether it matters is for your task to say. Exact match of reading goes from {{reading_float32}} to {{reading_nf4}} with NF4 and {{reading_nf3}} with NF3. How the price depends on the size of the model is the subject of Dettmers and Zettlemoyer (2023): for a given number of bits in all, a larger model with 4 bits a weight was nearly always better than a smaller one with more.
+# The figure does not show that 4 bits are "free". The interval of NF4's rise is {{nf4_rise:interval}}; if it held zero, you could say that no loss was *found*, and if it does not, whether the loss matters is for your task to say. Exact match of reading goes from {{reading_float32}} to {{reading_nf4}} with NF4 and {{reading_nf3}} with NF3. How the price depends on the size of the model is the subject of Dettmers and Zettlemoyer (2023): for a given number of bits in all, a larger model with 4 bits a weight was nearly always better than a smaller one with more.
 #
 # ## The recovery
 #
@@ -1856,6 +1856,9 @@ for arm in arms:
             1 - gap[0] / damage if arm.startswith("NF") and damage > 0 else math.nan,
         )
     )
+    if arm in ("NF4", "NF3") and damage > 0:
+        words = f"share of the damage repaired, {arm}"
+        card.record(f"repaired_{arm.lower()}", 1 - gap[0] / damage, format=".0%", label=words, tolerance=0.2)
 columns = ["frozen base", "before", "after", "gap to float32", "low", "high", "damage repaired"]
 formats = dict(zip(columns[1:], ["{:.4f}"] * 5 + ["{:.0%}"], strict=True))
 display(pd.DataFrame(rows_after, columns=columns).style.format(formats, na_rep="").hide(axis="index"))
@@ -1885,7 +1888,7 @@ card.record(
 )
 
 # %% [markdown]
-# After {{trained_steps}} steps, NF4 is {{nf4_gap}} above the control (95 % interval over runs {{nf4_gap:interval}}), NF3 {{nf3_gap}}, NF2 {{nf2_gap}}; int8 {{int8_gap}}. An adapter of low rank can't undo the rounding, whose error has full rank; it can move the function back where the loss feels it most. So much of a large damage is repaired quickly, and what is left is the price of the precision at this number of steps. The intervals are over three runs and one set of test documents: they say what another order of training would give, not another model.
+# After {{trained_steps}} steps, NF4 is {{nf4_gap}} above the control (95 % interval over runs {{nf4_gap:interval}}), NF3 {{nf3_gap}}, NF2 {{nf2_gap}}; int8 {{int8_gap}}. An adapter of low rank can't undo the rounding, whose error has full rank; it can move the function back where the loss feels it most. Of the damage before training, {{repaired_nf4}} is repaired with NF4 and {{repaired_nf3}} with NF3; what is left is the price of the precision at this number of steps, this rank and this learning rate. The intervals are over three runs and one set of test documents: they say what another order of training would give, not another model.
 #
 # ### What your decision is worth
 
