@@ -1835,8 +1835,8 @@ for place, arm in enumerate(quantised):
 ax.axhline(0, color=COLOURS.truth, lw=1)
 ax.set_yscale("symlog", linthresh=1e-3)
 ax.set_xticks(range(len(quantised)), [arm.replace(", ", "\n") for arm in quantised])
-everything = [before[arm] - before["float32"] for arm in quantised] + [gap_to(arm, "float32")[0] for arm in quantised]
-ax.set(ylim=(min(-1e-3, 2 * min(everything)), max(1e-2, 3 * max(everything))))
+heights = [before[arm] - before["float32"] for arm in quantised] + [gap_to(arm, "float32")[0] for arm in quantised]
+ax.set(ylim=(min(-1e-3, 2 * min(heights)), max(1e-2, 3 * max(heights))))
 ax.set(ylabel="above float32 (nats a token)", xlim=(-0.5, len(quantised) - 0.5))
 ax.set_title(f"Damage before (triangle) and after {steps} steps of LoRA (95 % over runs)")
 plt.show()
@@ -1868,7 +1868,7 @@ for arm, name in [("NF4", "nf4_gap"), ("NF3", "nf3_gap"), ("NF2", "nf2_gap"), ("
     card.record(
         name,
         value,
-        format=".3f",
+        format=".4f" if name == "int8_gap" else ".3f",
         low=low,
         high=high,
         label=f"loss after LoRA, {arm} minus float32",
