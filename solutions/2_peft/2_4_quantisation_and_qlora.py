@@ -797,7 +797,7 @@ def pack(codes):
 
 
 # %% [markdown]
-# The match, on the whole model: your codes against those of `bitsandbytes`, packed, byte by byte; your dequantised weights against its own. Then the way practitioners do it: `transformers` loads the model with a `BitsAndBytesConfig` and replaces every linear layer by a `Linear4bit`. What it holds must be what you computed. (Double quantisation is switched off here; it follows.)
+# The match, on the whole model: your codes against those of `bitsandbytes`, packed, byte by byte; your dequantised weights against its own. Then the way practitioners do it: `transformers` loads the model with a `BitsAndBytesConfig` and replaces every linear layer by a `Linear4bit`. What it holds must be what you computed, unless your model has a width that is no multiple of 64 and you read it on a CPU: then you meet the fault of above again. (Double quantisation is switched off here; it follows.)
 
 # %%
 compared = differ = 0
