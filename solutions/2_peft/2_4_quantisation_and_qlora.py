@@ -3,7 +3,7 @@
 #
 # You will be able to store a model's weights in 4 bits as `bitsandbytes` does, bit for bit, say how large the error can be, finetune on top of the frozen result, and decide from bytes and measurements which precision a given GPU should hold.
 #
-# **You will measure.** NF4 in blocks of 64 takes {{nf4_bits}} bits a weight and raises the loss by {{nf4_rise}} (95 % interval {{nf4_rise:interval}}); the same construction with 2 bits raises it by {{nf2_rise}}. After the same few steps of LoRA, the distance to an adapter on the unquantised base is {{nf4_gap}} with NF4 and {{nf2_gap}} with 2 bits. Of {{codes_compared}} codes, {{codes_differ}} differ from those of `bitsandbytes`.
+# **You will measure.** NF4 in blocks of 64 takes {{nf4_bits}} bits a weight and raises the loss by {{nf4_rise}} nats a token (95 % interval {{nf4_rise:interval}}); the same construction with 2 bits raises it by {{nf2_rise}}. After {{trained_steps}} steps of LoRA, the distance to an adapter on the unquantised base is {{nf4_gap}} nats with NF4 and {{nf2_gap}} with 2 bits. Of {{codes_compared}} codes, {{codes_differ}} differ from those of `bitsandbytes`.
 #
 # **You need.** Lesson 2.1 (LoRA, `peft`); autograd; quantiles of the normal distribution.
 #
@@ -1008,7 +1008,7 @@ for name, label in [
     )
 
 # %% [markdown]
-# At the largest gain the loss rises by {{outlier_tensor}} with one scale for each tensor, by {{outlier_blocks}} with blocks of 64, and by {{outlier_apart}} when the outlier columns are kept out of the codes. Blocks contain an outlier: it spoils 64 weights and not a whole matrix. They do not cure it when it sits in a column, since then every row has a spoilt block. In this narrow model that is one block in two; in a layer of width 4096 it is one in 64. The figure does not say that trained models *have* such columns in their weights; look at the printed maxima, and at your own model.
+# At the largest gain the loss rises by {{outlier_tensor}} nats with one scale for each tensor, by {{outlier_blocks}} nats with blocks of 64, and by {{outlier_apart}} nats when the outlier columns are kept out of the codes. Blocks contain an outlier: it spoils 64 weights and not a whole matrix. They do not cure it when it sits in a column, since then every row has a spoilt block. In this narrow model that is one block in two; in a layer of width 4096 it is one in 64. The figure does not say that trained models *have* such columns in their weights; look at the printed maxima, and at your own model.
 
 # %% [markdown]
 # ## A frozen layer that stays small
@@ -1279,7 +1279,7 @@ card.record(
 )
 
 # %% [markdown]
-# The plain product keeps {{naive_kept}} for one small layer, yours {{own_kept}}; the library's layer does the same as yours (`MatMul4Bit` in its source). Five training steps differ by {{qlora_gap}} at most. The price is time: each weight is dequantised twice a step, three times with gradient checkpointing.
+# The plain product keeps {{naive_kept}} bytes for one small layer, yours {{own_kept}}; the library's layer does the same as yours (`MatMul4Bit` in its source). The losses of five training steps differ by {{qlora_gap}} nats at most. The price is time: each weight is dequantised twice a step, three times with gradient checkpointing.
 #
 # ## Count the bytes
 #
@@ -1575,7 +1575,7 @@ ax.grid(axis="y", visible=False)
 plt.show()
 
 # %% [markdown]
-# Two parts are easily forgotten. The embedding and the head of this model stay in 16 bits: 13 % of the parameters, but more than a third of the bytes that QLoRA holds frozen. And the activations, above all the logits over 128,256 tokens, do not shrink with the weights. NF4 cuts the linear weights to about a quarter, and the whole from {{gib_bf16}} to {{gib_nf4}} only.
+# Two parts are easily forgotten. The embedding and the head of this model stay in 16 bits: 13 % of the parameters, but more than a third of the bytes that QLoRA holds frozen. And the activations, above all the logits over 128,256 tokens, do not shrink with the weights. NF4 cuts the linear weights to about a quarter, and the whole from {{gib_bf16}} to {{gib_nf4}} GiB only.
 #
 # For serving there is no optimizer and no gradient. There the key-value cache takes the place of the activations: $2 \cdot 32 \cdot 8 \cdot 128 \cdot 2$ bytes, 128 KiB a token in bf16, so 1 GiB for each 8,192 tokens of all requests together (lesson 1.2).
 
@@ -1729,7 +1729,7 @@ for bits in (4, 3, 2):
     card.record(
         f"nf{bits}_rise",
         value,
-        format=".3f",
+        format=".3f" if bits > 2 else ".1f",
         low=low,
         high=high,
         label=f"rise of the loss, NF{bits} in blocks",
@@ -1781,9 +1781,9 @@ compare(
 )
 
 # %% [markdown]
-# Four bits are a step on a slope, two bits are over an edge: NF4 costs {{nf4_rise}}, NF3 {{nf3_rise}}, NF2 {{nf2_rise}}. Each bit less multiplies the squared error of the weights by about four; the loss follows that only as long as the errors are small. With the same four bits for a code, even levels cost {{int4_rise}} and a single scale a tensor {{tensor_rise}}. But scales are bits too. Compare the curves at equal *total* bits before you credit the blocks: where weights have no outliers, half a bit a weight spent on scales need not buy more than half a bit spent on codes. Nor are the normal levels the best everywhere; look at both ends of the curves. NF4 in blocks of 64 is a good compromise at 4 bits for weights that may have outliers, and no law.
+# Four bits are a step on a slope, two bits are over an edge: NF4 costs {{nf4_rise}} nats, NF3 {{nf3_rise}}, NF2 {{nf2_rise}}. Each bit less multiplies the squared error of the weights by about four; the loss follows that only as long as the errors are small. With the same four bits for a code, even levels cost {{int4_rise}} nats and normal ones with a single scale a tensor {{tensor_rise}}. But scales are bits too. Compare the curves at equal *total* bits before you credit the blocks: where weights have no outliers, half a bit a weight spent on scales need not buy more than half a bit spent on codes. Nor are the normal levels the best everywhere; look at both ends of the curves. NF4 in blocks of 64 is a good compromise at 4 bits for weights that may have outliers, and no law.
 #
-# The figure does not show that 4 bits are "free". The interval of NF4's rise is {{nf4_rise:interval}}; if it held zero, you could say that no loss was *found*, and if it does not, whether the loss matters is for your task to say. Exact match of reading goes from {{reading_float32}} to {{reading_nf4}} with NF4 and {{reading_nf3}} with NF3. How the price depends on the size of the model is the subject of Dettmers and Zettlemoyer (2023): for a given number of bits in all, a larger model with 4 bits a weight was nearly always better than a smaller one with more.
+# The figure does not show that 4 bits are "free". The interval of NF4's rise is {{nf4_rise:interval}} nats; if it held zero, you could say that no loss was *found*, and if it does not, whether the loss matters is for your task to say. Exact match of reading goes from {{reading_float32}} to {{reading_nf4}} with NF4 and {{reading_nf3}} with NF3. How the price depends on the size of the model is the subject of Dettmers and Zettlemoyer (2023): for a given number of bits in all, a larger model with 4 bits a weight was nearly always better than a smaller one with more.
 #
 # ## The recovery
 #
@@ -1868,7 +1868,7 @@ for arm, name in [("NF4", "nf4_gap"), ("NF3", "nf3_gap"), ("NF2", "nf2_gap"), ("
     card.record(
         name,
         value,
-        format=".4f" if name == "int8_gap" else ".3f",
+        format={"int8_gap": ".4f", "nf2_gap": ".1f"}.get(name, ".3f"),
         low=low,
         high=high,
         label=f"loss after LoRA, {arm} minus float32",
@@ -1888,7 +1888,7 @@ card.record(
 )
 
 # %% [markdown]
-# After {{trained_steps}} steps, NF4 is {{nf4_gap}} above the control (95 % interval over runs {{nf4_gap:interval}}), NF3 {{nf3_gap}}, NF2 {{nf2_gap}}; int8 {{int8_gap}}. An adapter of low rank can't undo the rounding, whose error has full rank; it can move the function back where the loss feels it most. Of the damage before training, {{repaired_nf4}} is repaired with NF4 and {{repaired_nf3}} with NF3; what is left is the price of the precision at this number of steps, this rank and this learning rate. The intervals are over three runs and one set of test documents: they say what another order of training would give, not another model.
+# After {{trained_steps}} steps, NF4 is {{nf4_gap}} nats above the control (95 % interval over runs {{nf4_gap:interval}}), NF3 {{nf3_gap}}, NF2 {{nf2_gap}} and int8 {{int8_gap}}. An adapter of low rank can't undo the rounding, whose error has full rank; it can move the function back where the loss feels it most. Of the damage before training, {{repaired_nf4}} is repaired with NF4 and {{repaired_nf3}} with NF3; what is left is the price of the precision at this number of steps, this rank and this learning rate. The intervals are over three runs and one set of test documents: they say what another order of training would give, not another model.
 #
 # ### What your decision is worth
 
@@ -1938,7 +1938,7 @@ card.show()
 #
 # <details><summary>Derive NF4. Is it optimal?</summary>
 #
-# Divide each block of 64 weights by its absmax; if weights are normal, the codes are used equally when the levels are quantiles of the normal distribution at evenly spaced probabilities. Zero must be exact, so the two halves are built apart, eight levels above zero and seven below, and scaled to reach from −1 to 1. It is not optimal in the strict sense: a block divided by its own maximum is not normal any more and depends on the block size, and equal use of codes is not the same as least squared error. Here the codes carry {{entropy_nf4}} of 4 bits, those of evenly spaced levels {{entropy_int4}}, and the loss rises by {{nf4_rise}} against {{int4_rise}}.
+# Divide each block of 64 weights by its absmax; if weights are normal, the codes are used equally when the levels are quantiles of the normal distribution at evenly spaced probabilities. Zero must be exact, so the two halves are built apart, eight levels above zero and seven below, and scaled to reach from −1 to 1. It is not optimal in the strict sense: a block divided by its own maximum is not normal any more and depends on the block size, and equal use of codes is not the same as least squared error. Here the codes carry {{entropy_nf4}} of 4 bits, those of evenly spaced levels {{entropy_int4}}, and the loss rises by {{nf4_rise}} nats against {{int4_rise}}.
 # </details>
 #
 # <details><summary>What does double quantisation save, exactly, and when would you leave it out?</summary>
@@ -1948,7 +1948,7 @@ card.show()
 #
 # <details><summary>A QLoRA job runs out of memory although the 4-bit weights fit three times over. What do you look at?</summary>
 #
-# What does not shrink with the weights: logits in float32 with a large vocabulary, activations without checkpointing, embedding and head in 16 bits or cast to float32 by the preparation, the sequence length and its outliers, and optimizer states if more than the adapters is trained. Then whether something keeps dequantised weights: a custom layer that multiplies by a dequantised tensor makes autograd hold it for the backward pass ({{naive_kept}} for one small layer here, {{own_kept}} when it is computed again).
+# What does not shrink with the weights: logits in float32 with a large vocabulary, activations without checkpointing, embedding and head in 16 bits or cast to float32 by the preparation, the sequence length and its outliers, and optimizer states if more than the adapters is trained. Then whether something keeps dequantised weights: a custom layer that multiplies by a dequantised tensor makes autograd hold it for the backward pass ({{naive_kept}} bytes for one small layer here, {{own_kept}} when it is computed again).
 # </details>
 
 # %% [markdown]
