@@ -24,10 +24,10 @@ device = "cpu"  # "cpu" or "cuda"
 block_size = 64  # weights that share one scale
 rank = 4
 learning_rate = 3e-3  # right for the shipped model of about a million weights; 1e-4 to 3e-4 for a real one
-steps = 20
+steps = 20  # quick: 3
 batch_size = 8
-test_documents = 96
-runs = 3  # at least 2; each with documents, a start and an order of its own
+test_documents = 96  # quick: 24
+runs = 3  # at least 2; each with documents, a start and an order of its own; quick: 2
 seed = 0
 
 # %%
