@@ -7,7 +7,7 @@
 #
 # **You need.** Lesson 2.1 (LoRA, `peft`); autograd; quantiles of the normal distribution.
 #
-# **Time.** About 80 minutes, 55 of them for the exercises. The solution runs in {{run:seconds}} s on two CPU cores.
+# **Time.** About 80 minutes, 55 of them for the exercises. The solution runs in {{run:seconds}} s on one CPU core.
 
 # %% [markdown]
 # ## Why it matters at work
