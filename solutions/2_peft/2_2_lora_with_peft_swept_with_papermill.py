@@ -7,7 +7,7 @@
 #
 # **You need.** Lessons 1.1 (seeds, intervals, pairs) and 2.1 (what LoRA computes); what AdamW keeps for each weight.
 #
-# **Time.** About 70 minutes, 55 of them for the exercises. The solution runs in {{run:seconds}} s on one CPU core.
+# **Time.** About 70 minutes, 57 of them for the exercises. The solution runs in {{run:seconds}} s on one CPU core.
 
 # %% [markdown]
 # ## Why it matters at work
@@ -67,7 +67,7 @@ from labkit.world import LESSON_SEEDS, World
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 use_house_style()
 card = ResultCard("2_2_lora_with_peft_swept_with_papermill")
-workplace = tempfile.TemporaryDirectory()  # adapters and executed notebooks go here; the last cell empties it
+workplace = tempfile.TemporaryDirectory()  # adapters and executed notebooks go here; it goes when the kernel stops
 
 # %% [markdown]
 # ## Say where the adapter goes
@@ -661,20 +661,24 @@ def measured_bytes(trained_model: nn.Module, batch: triage.Batch) -> dict[str, i
 
 world = World(LESSON_SEEDS[seed])
 eight = triage.collate(triage.encode(tokenizer, world.tickets(8, part="train")))
-jobs = {"all weights": copy.deepcopy(model).requires_grad_(True)}
 ranks = [max(1, rank // 4), rank, 4 * rank]
-for own_rank in ranks:
-    config = LoraConfig(r=own_rank, lora_alpha=scale * own_rank, target_modules="all-linear")
-    jobs[f"rank {own_rank}"] = get_peft_model(copy.deepcopy(model), config)
-predicted = {job: training_bytes(trained_model) for job, trained_model in jobs.items()}
-measured = {job: measured_bytes(trained_model, eight) for job, trained_model in jobs.items()}
-largest_error = max(abs(predicted[job][kind] - measured[job][kind]) for job in jobs for kind in predicted[job])
-table = pd.DataFrame(measured).T.assign(predicted=[sum(predicted[job].values()) for job in jobs])
+predicted: dict[str, dict[str, int]] = {}
+measured: dict[str, dict[str, int]] = {}
+for own_rank in (0, *ranks):
+    job = f"rank {own_rank}" if own_rank else "all weights"
+    trained_model = copy.deepcopy(model).requires_grad_(True)
+    if own_rank:
+        config = LoraConfig(r=own_rank, lora_alpha=scale * own_rank, target_modules="all-linear")
+        trained_model = get_peft_model(trained_model, config)  # freezes everything but the adapters
+    predicted[job] = training_bytes(trained_model)
+    measured[job] = measured_bytes(trained_model, eight)
+largest_error = max(abs(predicted[job][kind] - measured[job][kind]) for job in predicted for kind in predicted[job])
+table = pd.DataFrame(measured).T.assign(predicted=[sum(predicted[job].values()) for job in predicted])
 table.insert(3, "these three", table[["weights", "gradients", "optimizer"]].sum(axis=1))
 display((table[["weights", "gradients", "optimizer", "these three", "predicted", "activations"]]).style.format("{:,d}"))
 print(f"largest difference between a predicted and a measured number: {largest_error} bytes")
 
-held = {job: sum(predicted[job].values()) for job in jobs}
+held = {job: sum(predicted[job].values()) for job in predicted}
 memory_share = held[f"rank {rank}"] / held["all weights"]
 compare([("bytes of LoRA, as a share of full finetuning's", predicted_memory_share, memory_share)], format=".1%")
 card.record("bytes_off", largest_error, format=",d", label="predicted and measured bytes differ by at most", unit="B")
@@ -685,7 +689,7 @@ for name, job in (("memory_full", "all weights"), ("memory_lora", f"rank {rank}"
         f"{name}_kept", amount, format=".1f", label=f"kept for the backward pass, {job}", unit="MiB", tolerance=2
     )
 card.record("memory_share", memory_share, format=".1%", label="of these, LoRA's share of full finetuning's")
-del jobs
+del trained_model
 
 # %% [markdown]
 # Rank 4 trains {{share_centre}} of the weights and needs {{memory_share}} of the bytes, not {{share_centre}}: the frozen weights are still there. In float32 they are a quarter of full finetuning's weights, gradients and two moments, so LoRA alone can never do better than 25 %. To go lower one must store the frozen weights in fewer bits, which is what QLoRA does.
@@ -796,7 +800,7 @@ print({key: in_process[0][key] for key in ("trained", "loss", "right", "of")})
 saved = json.loads((folders[0] / "adapter_config.json").read_text())
 for key in ("base_model_name_or_path", "revision", "r", "lora_alpha", "target_modules"):
     value = Path(saved[key]).name if key == "base_model_name_or_path" else saved[key]  # the last part of a local path
-    print(f"{key:<24} {value}")
+    print(f"{key:<24} {sorted(value) if isinstance(value, list) else value}")
 
 # %% [markdown]
 # `save_pretrained` wrote the factors and a configuration. What the configuration knows of the base is a *name*, and perhaps a revision: `peft` notes where the model was loaded from and, when you later load the adapter onto a model of your own, doesn't compare it with anything.
@@ -851,7 +855,8 @@ def merged_into_base(folder: Path) -> nn.Module:
 def other_weights() -> PreTrainedModel:
     """The same architecture with random weights."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32).to(device).eval()
+    other = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32)
+    return adapters.use_linear_layers(other.to(device).eval())
 
 
 bases: dict[str, Callable[[], nn.Module]] = {
@@ -1221,7 +1226,7 @@ card.record("refusals", refusals, format="d", label="wrong bases refused, of 3")
 # %% [markdown]
 # ## A sweep is a notebook with parameters
 #
-# papermill runs a notebook like a function: it puts a cell with your values behind the one tagged `parameters`, executes everything in a fresh kernel, and saves the executed notebook, with code, outputs, log and, if it comes to that, the traceback. One file a run, which a colleague can open. (`course run` does the same with this lesson.)
+# papermill runs a notebook like a function: it puts a cell with your values behind the one tagged `parameters` (one plain assignment a line there, so that it can tell a misspelt name), executes everything in a fresh kernel, and saves the executed notebook, with code, outputs, log and, if it comes to that, the traceback. One file a run, which a colleague can open. (`course run` does the same with this lesson.)
 #
 # The template below has four cells: default parameters, imports, the text of `evaluate` and `finetune`, and the run. The last one displays its result under a MIME type of its own, so that a program finds it among the outputs without parsing what is printed.
 
@@ -1229,10 +1234,16 @@ card.record("refusals", refusals, format="d", label="wrong bases refused, of 3")
 RESULT = "application/vnd.sweep.result+json"
 
 PARAMETERS = """
-rank, alpha, learning_rate = 4, 8, 1e-2
+rank = 4
+alpha = 8
+learning_rate = 1e-2
 companies = [0]
-steps, batch_size, train_tickets, test_tickets = 8, 4, 64, 8
-model_id, device = "shipped", "cpu"
+steps = 8
+batch_size = 4
+train_tickets = 64
+test_tickets = 8
+model_id = "shipped"
+device = "cpu"
 """
 IMPORTS = """
 from typing import Any
@@ -2082,7 +2093,7 @@ candidates = {name: list(frame["loss"]) for name, frame in measured_runs.items()
 sizes = {name: int(measured_runs[name]["trained"].iloc[0]) for name in candidates}
 most = sizes[f"rank-{high_rank}"] // 2
 fitting = {name for name, size in sizes.items() if size <= most}
-picks = {"best": min(fitting, key=lambda name: float(np.mean(candidates[name])))}
+picks = {"best": min(sorted(fitting), key=lambda name: float(np.mean(candidates[name])))}
 picks["one-se"] = choose(candidates, sizes, most) if runs > 1 else picks["best"]
 
 recipes = {
@@ -2148,7 +2159,6 @@ card.record(
 )
 for key, value, label in (("runs_each", runs, "companies a configuration"), ("steps_each", steps, "training steps"), ("batch_each", batch_size, "tickets a step")):  # fmt: skip
     card.record(key, value, format="d", label=label)
-workplace.cleanup()
 
 # %% [markdown]
 # In this run, the best row trains {{trained_best}} numbers and the one-standard-error rule's {{trained_one_se}}; on new companies they answer {{exact_best}} ({{exact_best:interval}}) and {{exact_one_se}} ({{exact_one_se:interval}}) right. If the two rules took the same row, that is a result as well: nothing smaller was within the noise.
