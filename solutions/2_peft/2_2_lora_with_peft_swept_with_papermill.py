@@ -24,8 +24,8 @@ device = "cpu"  # "cpu", "cuda" or "mps"
 rank = 4  # the middle of the sweep
 scale = 2  # alpha / rank, what the update is multiplied by
 learning_rate = 1e-2  # right for the shipped model of about a million weights; 1e-4 to 3e-4 for a real one
-steps = 64
-batch_size = 4
+steps = 80
+batch_size = 2
 train_tickets = 256
 test_tickets = 32  # of each company
 runs = 3  # each with a company, a start and an order of the data of its own
@@ -672,16 +672,16 @@ for own_rank in (0, *ranks):
         trained_model = get_peft_model(trained_model, config)  # freezes everything but the adapters
     predicted[job] = training_bytes(trained_model)
     measured[job] = measured_bytes(trained_model, eight)
-largest_error = max(abs(predicted[job][kind] - measured[job][kind]) for job in predicted for kind in predicted[job])
+bytes_off = max(abs(predicted[job][kind] - measured[job][kind]) for job in predicted for kind in predicted[job])
 table = pd.DataFrame(measured).T.assign(predicted=[sum(predicted[job].values()) for job in predicted])
 table.insert(3, "these three", table[["weights", "gradients", "optimizer"]].sum(axis=1))
 display((table[["weights", "gradients", "optimizer", "these three", "predicted", "activations"]]).style.format("{:,d}"))
-print(f"largest difference between a predicted and a measured number: {largest_error} bytes")
+print(f"largest difference between a predicted and a measured number: {bytes_off} bytes")
 
 held = {job: sum(predicted[job].values()) for job in predicted}
 memory_share = held[f"rank {rank}"] / held["all weights"]
 compare([("bytes of LoRA, as a share of full finetuning's", predicted_memory_share, memory_share)], format=".1%")
-card.record("bytes_off", largest_error, format=",d", label="predicted and measured bytes differ by at most", unit="B")
+card.record("bytes_off", bytes_off, format=",d", label="predicted and measured bytes differ by at most", unit="B")
 for name, job in (("memory_full", "all weights"), ("memory_lora", f"rank {rank}")):
     card.record(name, held[job] / 2**20, format=".1f", label=f"weights, gradients, optimizer, {job}", unit="MiB")
     amount = measured[job]["activations"] / 2**20
@@ -692,7 +692,7 @@ card.record("memory_share", memory_share, format=".1%", label="of these, LoRA's 
 del trained_model
 
 # %% [markdown]
-# Rank 4 trains {{share_centre}} of the weights and needs {{memory_share}} of the bytes, not {{share_centre}}: the frozen weights are still there. In float32 they are a quarter of full finetuning's weights, gradients and two moments, so LoRA alone can never do better than 25 %. To go lower one must store the frozen weights in fewer bits, which is what QLoRA does.
+# Prediction and measurement differ by {{bytes_off}}. Rank 4 trains {{share_centre}} of the weights and needs {{memory_share}} of the bytes: the frozen weights are still there. In float32 they are a quarter of full finetuning's weights, gradients and two moments, so LoRA alone can never do better than 25 %. To go lower one must store the frozen weights in fewer bits, which is what QLoRA does.
 #
 # And the activations? Eight short tickets keep {{memory_full_kept}} MiB in full finetuning and {{memory_lora_kept}} MiB with LoRA. Freezing a layer saves them little: the gradient must still pass *through* every layer, and each factor $A$ needs its layer's input. They grow with batch size and length, and gradient checkpointing is the tool against them, with LoRA or without.
 #
@@ -716,21 +716,23 @@ kinds = {
     "weights": COLOURS.before,
     "gradients": COLOURS.other,
     "optimizer": COLOURS.after,
-    "activations": COLOURS.wrong,
+    "activations": COLOURS.library,
 }
-fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), width_ratios=[1.5, 1])
+fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), width_ratios=[1.9, 1])
 for ax, bars, unit in ((left, measured, 2**20), (right, big_jobs, GIB)):
+    gap = 1 if ax is left else 0  # room for the names beside the first bar
+    positions = [0, *(place + gap for place in range(1, len(bars)))]
     bottom = np.zeros(len(bars))
     for kind, colour in kinds.items():
         heights = np.array([parts.get(kind, 0) / unit for parts in bars.values()])
-        ax.bar(range(len(bars)), heights, bottom=bottom, color=colour, width=0.6)
+        ax.bar(positions, heights, bottom=bottom, color=colour, width=0.7)
         if ax is left:
-            direct_label(ax, 0.32, bottom[0] + heights[0] / 2, kind, colour, offset=(3, -4))
+            direct_label(ax, 0.35, bottom[0] + heights[0] / 2, kind, colour, offset=(5, -4))
         bottom += heights
-    ax.set_xticks(range(len(bars)), list(bars))
+    ax.set_xticks(positions, list(bars))
     ax.grid(axis="x", visible=False)
-left.set(xlim=(-0.5, len(measured) - 0.3), ylabel="MiB, measured in one step", title="This model, eight tickets")
-right.set(xlim=(-0.6, len(big_jobs) - 0.4), ylabel="GiB, computed", title="8B parameters, activations not shown")
+left.set(ylabel="MiB", title="This model, one step on eight tickets (measured)")
+right.set(ylabel="GiB, without activations", title="An 8B model (computed)")
 plt.show()
 for name, job in (("big_full", "all weights\nin bfloat16"), ("big_lora", "rank 16")):
     label = f"8B parameters: weights, gradients, optimizer, {job.split(chr(10))[0]}"
@@ -837,6 +839,8 @@ card.record(
 card.record("merge_error", merge_error, format=".0e", label="merged in float32, they differ by at most", tolerance=1e-3)
 
 # %% [markdown]
+# Loaded, the adapter's logits differ by {{reload_error}} from those it was saved with; merged, by {{merge_error}}, the rounding of sums in another order. A loaded adapter that differs by more than this is not the one you trained, or not on what you trained it on.
+#
 # ## The wrong base
 #
 # Now the bug. An adapter is a difference: $sBA$ was trained to be added to one particular $W$. Every weight of the same shape accepts it. Three ways to get there:
@@ -875,21 +879,27 @@ with warnings.catch_warnings(record=True) as heard:
 about_the_base = [str(warning.message) for warning in heard if "base" in str(warning.message).lower()]
 print(f"errors: 0; warnings that speak of the base: {len(about_the_base)}")
 
-fig, ax = plt.subplots()
+fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
 for place, scores in enumerate(served.values()):
+    colour = COLOURS.after if place == 0 else COLOURS.wrong
     share = scores["right"] / scores["of"]
-    low, high = triage.interval(np.arange(scores["of"]) < scores["right"])
-    intervals(ax, [place], [share], [low], [high], COLOURS.after if place == 0 else COLOURS.wrong)
-    direct_label(ax, place, share, f"loss {scores['loss']:.2f}", COLOURS.truth, offset=(9, -4))
-ax.set_xticks(range(len(served)), [name.replace(" ", "\n", 1).replace(", ", ",\n") for name in served])
-ax.set(xlim=(-0.4, len(served) - 0.4), ylim=(-0.03, 1.05), ylabel="exact match (95 % interval)")
-ax.set_title("One adapter, loaded without an error on four bases")
+    bounds = triage.interval(np.arange(scores["of"]) < scores["right"])
+    intervals(left, [place], [share], [bounds[0]], [bounds[1]], colour)
+    right.bar(place, scores["loss"], width=0.5, color=colour)
+    direct_label(right, place, scores["loss"], f"{scores['loss']:.2f}", colour, offset=(-12, 4))
+for ax in (left, right):
+    ax.set_xticks(range(len(served)), ["its own\nbase", "its own,\nmerged", "another's\nmerge", "other\nweights"])
+    ax.grid(axis="x", visible=False)
+left.set(xlim=(-0.5, 3.5), ylim=(-0.03, 1.05), ylabel="exact match (95 % interval)")
+left.set_title("One adapter on four bases")
+right.set(ylabel="loss (nats a token)", title="Each of them loads")
+right.set_ylim(top=1.12 * max(scores["loss"] for scores in served.values()))
 plt.show()
 for key, name in zip(("own", "twice", "other", "untrained"), served, strict=True):
-    right, of = served[name]["right"], served[name]["of"]
-    low, high = triage.interval(np.arange(of) < right)
+    count, of = served[name]["right"], served[name]["of"]
+    bottom, top = triage.interval(np.arange(of) < count)
     label = f"exact match of the adapter on: {name}"
-    card.record(f"exact_{key}", right / of, format=".0%", low=low, high=high, label=label, tolerance=0.15)
+    card.record(f"exact_{key}", count / of, format=".0%", low=bottom, high=top, label=label, tolerance=0.15)
     card.record(
         f"loss_{key}", served[name]["loss"], format=".2f", label=f"loss on: {name}", unit="nats a token", tolerance=2
     )
@@ -1210,15 +1220,12 @@ def load_checked(base, folder):
 
 # %%
 (folders[0] / "base.sha256").write_text(fingerprint(base_weights(first_model)))
-refusals = 0
 for name, make in bases.items():
     try:
         load_checked(make(), folders[0])
         print(f"{name:<30} loaded")
     except ValueError:
-        refusals += 1
         print(f"{name:<30} refused")
-card.record("refusals", refusals, format="d", label="wrong bases refused, of 3")
 
 # %% [markdown]
 # It is strict: a base that was cast to bfloat16 is refused as well. That is a decision, and the right default: an adapter evaluated on float32 weights is another model on rounded ones (lesson 2.1 measures by how much). If your serving stack casts, store the fingerprint of what it serves, and evaluate that. For models on the Hub the cheap form of the same check is a pinned commit: load the base with `revision="<commit hash>"`, store it in `adapter_config.json`, and refuse a name without one.
@@ -1307,6 +1314,7 @@ def execute(name: str) -> None:
             grid[name],
             kernel_name="python3",
             progress_bar=False,
+            extra_arguments=["--log-level=ERROR"],  # else each kernel warns that its local sockets aren't encrypted
         )
     except papermill.PapermillExecutionError as error:
         print(f"{name}: {error.ename}: {error.evalue}")
@@ -1619,7 +1627,7 @@ def gather() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-display(gather().drop(columns="results").style.hide(axis="index"))
+display(gather().drop(columns="results").style.hide(axis="index").format({"learning_rate": "{:g}"}))
 
 # %% [markdown]
 # ## Decide how you will choose
@@ -1843,32 +1851,18 @@ my_rule, predicted_exact_match = "best", 0.7
 # %% [markdown]
 # ## The experiment
 #
-# First the sweep: whatever of the grid isn't done. `rank-0` is tried once more, and fails once more.
-
-# %%
-todo = gather().query("status != 'done'")["run"]
-for name in tqdm(todo, desc="papermill", leave=False):
-    execute(name)
-sweep = gather()
-display(sweep.drop(columns="results").style.hide(axis="index"))
-card.record("sweep_failed", (sweep["status"] != "done").sum(), format="d", label="runs not done after the first pass")
-
-# %% [markdown]
-# The baseline is missing, and you know it. Rank 0 means "no adapter", so the template must say that; then only what isn't done is run again. The other files stay: each holds the code that it was run with.
+# First mend the baseline. Rank 0 means "no adapter", so the template must say that. Then run whatever of the grid isn't done, which is everything so far; had the sweep stopped half-way, it would be the rest. Each executed notebook keeps the code that it was run with, so a template may change between two passes and you can still see who ran what.
 
 # %%
 nbformat.write(
     template(RUN.replace("config = LoraConfig(", "config = None if rank == 0 else LoraConfig(")), template_file
 )
-rerun = [name for name, status in zip(sweep["run"], sweep["status"], strict=True) if status != "done"]
-for name in rerun:
+todo = list(gather().query("status != 'done'")["run"])
+for name in tqdm(todo, desc="papermill", leave=False):
     execute(name)
 sweep = gather()
-display(sweep.drop(columns="results").style.hide(axis="index"))
-print(f"run again: {', '.join(rerun)}")
-card.record(
-    "sweep_done", (sweep["status"] == "done").sum(), format="d", label="runs done after the template was mended"
-)
+display(sweep.drop(columns="results").style.hide(axis="index").format({"learning_rate": "{:g}"}))
+print(f"in this pass: {', '.join(todo)}; not done: {(sweep['status'] != 'done').sum()}")
 
 measured_runs: dict[str, pd.DataFrame] = {
     name: pd.DataFrame(results) for name, results in zip(sweep["run"], sweep["results"], strict=True)
@@ -1881,7 +1875,7 @@ card.record(
 )
 
 # %% [markdown]
-# The last line is worth its two seconds in every project: the function in your editor and the one in the sweep compute the same. From here on, further configurations may be trained in this kernel and stand in the same table.
+# The last line is worth its two seconds in every project: the function in your editor and the one in the sweep compute the same, here to {{process_gap}}. From here on, further configurations may be trained in this kernel and stand in the same table.
 #
 # ### Exact match against trained share
 
@@ -1912,7 +1906,7 @@ for ax, estimate in ((left, exact), (right, lambda name: mean_interval(measured_
     intervals(ax, shares, *(list(column) for column in zip(*estimates, strict=True)), COLOURS.after)
     if ax is left:
         ax.axhline(base, color=COLOURS.before, ls="--", lw=1.5)
-        direct_label(ax, shares[0], base, f"base: {base:.0%}", COLOURS.before, offset=(0, 5))
+        direct_label(ax, shares[1], base, f"no adapter: {base:.0%}", COLOURS.before, offset=(12, 5))
     ax.set_xscale("log")
     ax.set_xticks(
         shares,
@@ -1956,7 +1950,7 @@ for key, name in (("low", curve[0]), ("high", curve[2])):
 #
 # $$(s,\ \eta,\ A_0) \quad\text{and}\quad (1,\ s\eta,\ \sqrt s A_0)$$
 #
-# train the same model. Try it: five steps of SGD, twice.
+# train the same model. Try it: five steps of SGD, twice. (When this page was measured, the losses differed by {{sgd_gap}} at most.)
 
 
 # %%
@@ -2051,38 +2045,37 @@ for place in ("attention", "feed-forward"):
     measured_runs[place] = pd.DataFrame(
         [finetune(copy.deepcopy(config), company, settings)[1] for company in companies]
     )
+plans = {"attention": "attention", "feed-forward": "feed-forward", "all": centre}
 rows = []
-fig, ax = plt.subplots()
-for position, (place, name) in enumerate(
-    (("attention", "attention"), ("feed-forward", "feed-forward"), ("all", centre))
-):
-    losses_here = measured_runs[name]["loss"]
-    value, bottom, top = mean_interval(losses_here)
-    colour = COLOURS.after if name == centre else COLOURS.before
-    intervals(ax, [position], [value], [bottom], [top], colour)
-    ax.plot([position + 0.1] * runs, losses_here, "_", ms=14, mew=2, color=colour)
-    difference, lowest, highest = against(name, centre)
+fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
+for run in range(runs):
+    of_company = [measured_runs[name]["loss"].iloc[run] for name in plans.values()]
+    left.plot(range(3), of_company, "o-", color=COLOURS.before, lw=1, ms=4)
+for position, (place, name) in enumerate(plans.items()):
+    difference, bottom, top = against(name, centre)
+    intervals(right, [position], [difference], [bottom], [top], COLOURS.after)
     own_rank = config_for_budget(places[place], budget, scale).r
-    rows.append((place, own_rank, measured_runs[name]["trained"].iloc[0], exact(name)[0], value, difference, f"{lowest:+.3f} to {highest:+.3f}"))  # fmt: skip
+    frame = measured_runs[name]
+    bounds = f"{bottom:+.3f} to {top:+.3f}"
+    rows.append((place, own_rank, frame["trained"].iloc[0], exact(name)[0], frame["loss"].mean(), difference, bounds))
     if name != centre:
-        key = place.replace("-", "_")
+        key = f"gap_{place.replace('-', '_')}"
         label = f"loss, {place} minus all layers, equal budget"
-        card.record(
-            f"gap_{key}", difference, format="+.3f", low=lowest, high=highest, label=label, unit="nats", tolerance=0.1
-        )
-ax.set_xticks(range(3), [f"{row[0]}\nrank {row[1]}" for row in rows])
-ax.set(
-    xlim=(-0.5, 2.5),
-    ylabel="loss on unseen tickets (nats a token)",
-    title=f"{budget:,d} trained numbers, in three places",
-)
+        card.record(key, difference, format="+.3f", low=bottom, high=top, label=label, unit="nats", tolerance=0.1)
+right.axhline(0, color=COLOURS.truth, lw=1)
+for ax in (left, right):
+    ax.set_xticks(range(3), [f"{row[0]}\nrank {row[1]}" for row in rows])
+    ax.set_xlim(-0.4, 2.4)
+    ax.grid(axis="x", visible=False)
+left.set(ylabel="loss on unseen tickets (nats a token)", title=f"{budget:,d} numbers, in three places")
+right.set(ylabel="minus all layers (nats a token)", title="The same, company by company")
 plt.show()
 columns = ["plan", "rank", "trained", "exact match", "loss", "minus all", "95 % interval"]
 formats = {"trained": "{:,d}", "exact match": "{:.1%}", "loss": "{:.3f}", "minus all": "{:+.3f}"}
 display(pd.DataFrame(rows, columns=columns).style.format(formats).hide(axis="index"))
 
 # %% [markdown]
-# Bars: 95 % intervals of the mean over companies; dashes: companies. Paired with all layers, attention alone differs by {{gap_attention}} ({{gap_attention:interval}}), the feed-forward layers alone by {{gap_feed_forward}} ({{gap_feed_forward:interval}}). It is one task, one model, and a few steps; what carries over is the comparison at equal budget and equal scale, which `config_for_budget` makes possible.
+# On the left each line is a company; on the right are the means of the differences with their 95 % intervals (t over companies). Against all layers, attention alone differs by {{gap_attention}} ({{gap_attention:interval}}), the feed-forward layers alone by {{gap_feed_forward}} ({{gap_feed_forward:interval}}). It is one task, one model, and a few steps; what carries over is the comparison at equal budget and equal scale, which `config_for_budget` makes possible.
 #
 # ### Choose, then find out
 #
@@ -2129,6 +2122,7 @@ for position, (rule, name) in enumerate(picks.items()):
 ax.set_xticks(
     [0, 1], [f'"{rule}" takes\n{name}' + (" (your rule)" if rule == my_rule else "") for rule, name in picks.items()]
 )
+ax.grid(axis="x", visible=False)
 ax.set(
     xlim=(-0.6, 1.5),
     ylabel="loss on unseen tickets (nats a token)",
