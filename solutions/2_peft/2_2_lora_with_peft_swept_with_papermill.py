@@ -3,7 +3,7 @@
 #
 # You will be able to configure `peft` to a parameter budget, predict a training job's memory to the byte, run a sweep whose failures stay visible, choose from it by a rule that you fixed beforehand, and refuse to serve an adapter on the wrong base.
 #
-# **You will measure.** Exact match on ticket triage against the share of weights trained: {{exact_base}} with none, {{exact_low}} with {{share_low}}, {{exact_centre}} with {{share_centre}}, {{exact_high}} with {{share_high}}. Training all weights holds {{memory_full}} MiB of weights, gradients and optimizer state, rank 4 {{memory_lora}} MiB, and your formula says so exactly. Served on a base it was not trained on, an adapter that answered {{exact_own}} of the tickets right answers {{exact_twice}}, without an error.
+# **You will measure.** What a rank buys. With {{share_low}}, {{share_centre}} and {{share_high}} of the weights trained, {{fields_low}}, {{fields_centre}} and {{fields_high}} of the single fields of a ticket's triage are right, and {{exact_low}}, {{exact_centre}} and {{exact_high}} of the whole answers. Training all weights holds {{memory_full}} of weights, gradients and optimizer state, rank 4 {{memory_lora}}, and your formula says so to the byte. On a base it was not trained on, an adapter with a loss of {{loss_own}} has one of {{loss_twice}}, and nothing raises an error.
 #
 # **You need.** Lessons 1.1 (seeds, intervals, pairs) and 2.1 (what LoRA computes); what AdamW keeps for each weight.
 #
@@ -694,7 +694,7 @@ del trained_model
 # %% [markdown]
 # Prediction and measurement differ by {{bytes_off}}. Rank 4 trains {{share_centre}} of the weights and needs {{memory_share}} of the bytes: the frozen weights are still there. In float32 they are a quarter of full finetuning's weights, gradients and two moments, so LoRA alone can never do better than 25 %. To go lower one must store the frozen weights in fewer bits, which is what QLoRA does.
 #
-# And the activations? Eight short tickets keep {{memory_full_kept}} MiB in full finetuning and {{memory_lora_kept}} MiB with LoRA. Freezing a layer saves them little: the gradient must still pass *through* every layer, and each factor $A$ needs its layer's input. They grow with batch size and length, and gradient checkpointing is the tool against them, with LoRA or without.
+# And the activations? Eight short tickets keep {{memory_full_kept}} in full finetuning and {{memory_lora_kept}} with LoRA. Freezing a layer saves them little: the gradient must still pass *through* every layer, and each factor $A$ needs its layer's input. They grow with batch size and length, and gradient checkpointing is the tool against them, with LoRA or without.
 #
 # Your function takes any model, also one that fits no memory. `accelerate`'s `init_empty_weights` builds it on the `meta` device: shapes without data.
 
@@ -740,7 +740,7 @@ for name, job in (("big_full", "all weights\nin bfloat16"), ("big_lora", "rank 1
 del big, big_lora
 
 # %% [markdown]
-# The left panel is the measured step, the right one arithmetic: {{big_full}} GiB for all weights in bfloat16, {{big_lora}} GiB with rank 16. Nearly all of the second number is frozen weights; gradients and optimizer state can hardly be seen. Neither panel shows what the CUDA context, the allocator's fragments and temporary buffers add. And nobody trains 8B weights in pure bfloat16 without thinking about it twice: usual mixed precision keeps float32 weights as well and needs about 16 bytes a parameter (Rajbhandari et al., 2020, section 3.1). `peft`, you see above, keeps its factors in float32 even beside a bfloat16 base.
+# The left panel is the measured step, the right one arithmetic: {{big_full}} for all weights in bfloat16, {{big_lora}} with rank 16. Nearly all of the second number is frozen weights; gradients and optimizer state can hardly be seen. Neither panel shows what the CUDA context, the allocator's fragments and temporary buffers add. And nobody trains 8B weights in pure bfloat16 without thinking about it twice: usual mixed precision keeps float32 weights as well and needs about 16 bytes a parameter (Rajbhandari et al., 2020, section 3.1). `peft`, you see above, keeps its factors in float32 even beside a bfloat16 base.
 
 # %% [markdown]
 # ## Train, save, load, merge
@@ -878,7 +878,7 @@ with warnings.catch_warnings(record=True) as heard:
         server = PeftModel.from_pretrained(make(), str(folders[0])).eval()
         served[name] = evaluate(server, tokenizer, test)
 about_the_base = [str(warning.message) for warning in heard if "base" in str(warning.message).lower()]
-print(f"errors: 0; warnings that speak of the base: {len(about_the_base)}")
+print(f"loaded on {len(served)} of {len(bases)} bases; warnings that speak of the base: {len(about_the_base)}")
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
 for place, scores in enumerate(served.values()):
@@ -906,7 +906,7 @@ for key, name in zip(("own", "twice", "other", "untrained"), served, strict=True
     )
 
 # %% [markdown]
-# On its own base the adapter answers {{exact_own}} right (loss {{loss_own}} nats a token); applied twice {{exact_twice}} ({{loss_twice}}), on another team's merge {{exact_other}} ({{loss_other}}), on other weights {{exact_untrained}} ({{loss_untrained}}). Each of the four loads. The intervals are over tickets of one company; the point is not how large the damage is, but that nothing reports it. A small damage is the worst case, because a smoke test passes.
+# On its own base the adapter answers {{exact_own}} right (loss {{loss_own}}); applied twice {{exact_twice}} ({{loss_twice}}), on another team's merge {{exact_other}} ({{loss_other}}), on other weights {{exact_untrained}} ({{loss_untrained}}). Each of the four loads. The intervals are over tickets of one company; the point is not how large the damage is, but that nothing reports it. A small damage is the worst case, because a smoke test passes.
 #
 # So keep a **fingerprint** of the base's weights beside the adapter, and compare it before loading. The pieces that are not the point are given: which tensors of a model are the base's, and the saving.
 
@@ -2210,7 +2210,7 @@ card.show()
 #
 # <details><summary>How much memory does LoRA save on an 8B model, and what doesn't it save?</summary>
 #
-# It removes the gradients and the optimizer state of the frozen weights. With all weights in bfloat16 that is from {{big_full}} to {{big_lora}} GiB at rank 16; against mixed precision with float32 masters, about 16 bytes a parameter, it is more. What stays: the frozen weights, 2 bytes each (less if they are quantised), and the activations, which LoRA hardly changes, since the gradient still passes through every layer. On the small model here LoRA holds {{memory_share}} of full finetuning's bytes in float32, where a quarter is the floor.
+# It removes the gradients and the optimizer state of the frozen weights. With all weights in bfloat16 that is from {{big_full}} to {{big_lora}} at rank 16; against mixed precision with float32 masters, about 16 bytes a parameter, it is more. What stays: the frozen weights, 2 bytes each (less if they are quantised), and the activations, which LoRA hardly changes, since the gradient still passes through every layer. On the small model here LoRA holds {{memory_share}} of full finetuning's bytes in float32, where a quarter is the floor.
 # </details>
 #
 # <details><summary>Your sweep says rank 16 beats rank 4 by 0.4 points. Do you ship it?</summary>
@@ -2220,7 +2220,7 @@ card.show()
 #
 # <details><summary>An adapter loads without an error and answers badly. What do you look at?</summary>
 #
-# Whether it stands on the base it was trained on. Shapes are all that loading compares, so another revision, a checkpoint with an adapter merged into it, or the base model instead of the instruct model pass. Here the right base gives {{exact_own}}, one with the adapter already merged {{exact_twice}}. I compare a fingerprint of the base's weights, or a pinned commit, with the one stored at training. Next: alpha / r, the dtype it was merged in, the chat template, and whether all modules were reached by `target_modules`.
+# Whether it stands on the base it was trained on. Shapes are all that loading compares, so another revision, a checkpoint with an adapter merged into it, or the base model instead of the instruct model pass. Here the loss is {{loss_own}} on the right base, {{loss_twice}} on one with the adapter already merged. I compare a fingerprint of the base's weights, or a pinned commit, with the one stored at training. Next: alpha / r, the dtype it was merged in, the chat template, and whether all modules were reached by `target_modules`.
 # </details>
 
 # %% [markdown]
