@@ -1876,7 +1876,7 @@ card.record(
 )
 
 # %% [markdown]
-# The last line is worth its two seconds in every project: the function in your editor and the one in the sweep compute the same, here to {{process_gap}}. From here on, further configurations may be trained in this kernel and stand in the same table.
+# The last line is worth its two seconds in every project: the function in your editor and the one in the sweep compute the same: the losses differ by {{process_gap}}. From here on, further configurations may be trained in this kernel and stand in the same table.
 #
 # ### Exact match against trained share
 
@@ -1961,7 +1961,7 @@ for key, name in (("low", curve[0]), ("high", curve[2])):
     print(f"{label}: {value:+.3f} nats a token, 95 % interval {bottom:+.3f} to {top:+.3f}")
 
 # %% [markdown]
-# Exact match has an interval over tickets (Wilson), the others have one over {{runs_each}} companies (Student's t, wide for so few). Of single fields, rank 1 gets {{fields_low}} right, rank 4 {{fields_centre}}, rank 16 {{fields_high}}; an answer needs all four. The fair comparison of the losses is paired: rank 1 minus rank 4 is {{loss_gap_low}} ({{loss_gap_low:interval}}), rank 16 minus rank 4 {{loss_gap_high}} ({{loss_gap_high:interval}}). An interval that holds zero is no finding, in either direction.
+# Exact match has an interval over tickets (Wilson), the others have one over {{runs_each}} companies (Student's t, wide for so few). Of single fields, rank 1 gets {{fields_low}} right, rank 4 {{fields_centre}}, rank 16 {{fields_high}}; an answer needs all four, and without an adapter {{exact_base}} of the answers are right. The fair comparison of the losses is paired: rank 1 minus rank 4 is {{loss_gap_low}} ({{loss_gap_low:interval}}), rank 16 minus rank 4 {{loss_gap_high}} ({{loss_gap_high:interval}}). An interval that holds zero is no finding, in either direction.
 #
 # Read the curve with its conditions: {{steps_each}} steps of {{batch_each}} tickets. Few steps favour what learns fast; whether a small rank has too little room shows only when it has been trained for long enough. And all ranks had one learning rate and one alpha / r; a rank that wants another would look worse than it is. Both belong in a sentence under every rank curve that you show.
 #
