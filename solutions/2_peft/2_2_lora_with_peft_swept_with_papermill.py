@@ -24,10 +24,10 @@ device = "cpu"  # "cpu", "cuda" or "mps"
 rank = 4  # the middle of the sweep
 scale = 2  # alpha / rank, what the update is multiplied by
 learning_rate = 1e-2  # right for the shipped model of about a million weights; 1e-4 to 3e-4 for a real one
-steps = 64
+steps = 64  # quick: 3
 batch_size = 2
 train_tickets = 256
-test_tickets = 32  # of each company
+test_tickets = 32  # of each company; quick: 8
 runs = 3  # each with a company, a start and an order of the data of its own
 seed = 0
 
