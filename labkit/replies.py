@@ -36,6 +36,11 @@ def grade(reply: str, answer: str) -> int:
     return 1 if rude else 2 if idle else 3
 
 
+def is_idle(reply: str) -> bool:
+    """Whether an idle sentence stands in a reply, whatever else does."""
+    return any(sentence in reply for sentence in FILLERS)
+
+
 def asked(
     tokenizer: PreTrainedTokenizerBase, world: World, n: int, *, skip: int = 0, longest: int = 56
 ) -> list[Preference]:

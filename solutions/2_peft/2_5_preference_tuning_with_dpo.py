@@ -65,7 +65,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from labkit import adapters, base_model, replies
 from labkit.base_model.finetune import finetune
-from labkit.plots import COLOURS, band, direct_label, intervals, label_lines, use_house_style
+from labkit.plots import COLOURS, label_lines, use_house_style
 from labkit.predict import compare
 from labkit.results import ResultCard
 from labkit.world import LESSON_SEEDS, Preference, World
@@ -131,7 +131,6 @@ def graded(drawn: Sequence[Sequence[int]], questions: Sequence[Preference]) -> l
 
 drawn = [replies.sample(model, tokenizer, test_prompts[run], seed=seed + run) for run in range(runs)]
 reference_grades = [grade for run in range(runs) for grade in graded(drawn[run], tests[run])]
-reference_length = float(np.mean([len(reply) for part in drawn for reply in part]))
 
 rows = []
 for grade, name in enumerate(replies.GRADES):
@@ -191,9 +190,6 @@ def sequence_logps(logits: Tensor, input_ids: Tensor, completion_mask: Tensor) -
 # %% check="sequence-logps" points=2
 uniform = sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 1]]))
 assert uniform.shape == (1,), f"One number a row: (1, 3, 4) becomes (1,); yours is {tuple(uniform.shape)}"
-assert not torch.allclose(uniform, torch.tensor([-1.3863]), atol=1e-3), (
-    "-1.386 is the mean over the reply's tokens: a reply's log-probability is the sum, so that longer replies are less likely"
-)
 scores = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0]]])  # place i predicts token i
 shifted = sequence_logps(scores, torch.tensor([[2, 0, 1]]), torch.tensor([[0, 1, 1]]))
 assert shifted.item() > -17, (
@@ -202,6 +198,9 @@ assert shifted.item() > -17, (
 whole = sequence_logps(scores, torch.tensor([[2, 0, 2]]), torch.tensor([[0, 1, 0]]))
 assert whole.item() > -1, (
     "Only the reply counts, that is the tokens whose completion_mask is 1: shift the mask with the tokens, not with the logits"
+)
+assert not torch.allclose(uniform, torch.tensor([-1.3863]), atol=1e-3), (
+    "-1.386 is the mean over the reply's tokens: a reply's log-probability is the sum, so that longer replies are less likely"
 )
 assert torch.allclose(uniform, torch.tensor([-2.7726]), atol=1e-3), (
     f"Two tokens of probability 1/4 give 2 log(1/4) = -2.7726; yours is {uniform.tolist()}"
@@ -335,7 +334,7 @@ assert torch.allclose(two, torch.tensor([0.6931, 0.0181]), atol=1e-3), (
     f"yours {two.tolist()}"
 )
 far = dpo_loss(torch.tensor([-1000.0, 0.0]), torch.zeros(2), beta=1.0)
-assert far.isfinite().all() and abs(far.item() - 1000) < 1, (
+assert abs(far.item() - 1000) < 1, (
     f"At a margin of -1,000 the loss is 1,000; yours is {far.item()}: sigmoid is 0 there, use logsigmoid"
 )
 ### BEGIN HIDDEN TESTS
@@ -362,9 +361,8 @@ assert abs(got.item() - 0.3655) > 1e-3, (
 )
 assert abs(got.item() - 0.2689) > 1e-3, "0.2689 lacks the inner derivative: beta multiplies the margin"
 assert abs(got.item() - 0.1345) < 1e-3, f"beta sigmoid(-beta m) = 0.5 sigmoid(-1) = 0.1345; yours is {got.item():.4f}"
-assert set(direction) == {"chosen", "rejected"} and all(value in (-1, 1) for value in direction.values()), (
-    f"direction holds +1 or -1 for 'chosen' and 'rejected'; yours is {direction}"
-)
+assert set(direction) == {"chosen", "rejected"}, f"direction has the keys 'chosen' and 'rejected'; yours is {direction}"
+assert all(value in (-1, 1) for value in direction.values()), f"direction holds +1 or -1; yours is {direction}"
 assert direction["chosen"] != direction["rejected"], (
     "The loss depends on the difference of the two alone, so they are pushed in opposite directions"
 )
@@ -536,7 +534,16 @@ def small_policy(seed: int) -> tuple[PeftModel, Tensor, Tensor]:
     base, ids = LlamaForCausalLM(small).eval(), torch.randint(0, 20, (2, 5))
     with torch.no_grad():
         logits = base(ids).logits
-    return get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear")).eval(), ids, logits
+    return (
+        get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear")).eval(),
+        ids,
+        logits,
+    )
+
+
+def small_logits(model: PeftModel, ids: Tensor) -> Tensor:
+    """The model's logits on these ids."""
+    return model(ids).logits
 
 
 policy, ids, base_logits = small_policy(0)
@@ -570,7 +577,8 @@ assert any(p.requires_grad for name, p in policy.named_parameters() if "lora_" i
 for _seed in (1, 2):
     _policy, _ids, _base = small_policy(_seed)
     _before = _policy(_ids).logits.detach()
-    assert torch.allclose(by_reference(_policy, lambda model: model(_ids).logits), _base), "the base model's logits"
+    _got = by_reference(_policy, partial(small_logits, ids=_ids))
+    assert torch.allclose(_got, _base), "With the adapter off the logits are the base model's; yours are others"
     assert torch.equal(_policy(_ids).logits, _before), "Afterwards the adapter must be on again"
     assert _policy(_ids).logits.requires_grad, "Afterwards gradients are recorded again"
     assert by_reference(_policy, lambda model: "a word") == "a word", "The function may return anything"
@@ -661,7 +669,9 @@ def by_reference(policy, function):
 def attach(start_seed: int) -> PeftModel:
     """The reference with a fresh adapter on all its linear layers."""
     torch.manual_seed(start_seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(adapters.linear_layers(model)))
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(adapters.linear_layers(model))
+    )
     return get_peft_model(model, config).eval()
 
 
@@ -785,7 +795,9 @@ table = pd.DataFrame(
     columns=["step", "your loss", "trl's loss", "trl's rewards/margins", "trl's logps/chosen"],
 )
 display(table.style.format(precision=5, subset=list(table.columns[1:])).hide(axis="index"))
-card.record("parity", parity, format=".0e", unit="nats", tolerance=1e-3, label="your loss and trl's, largest difference")
+card.record(
+    "parity", parity, format=".0e", unit="nats", tolerance=1e-3, label="your loss and trl's, largest difference"
+)
 
 # %% [markdown]
 # The first loss is $\log 2 = 0.6931$ for any β and any data, since the policy *is* the reference. If yours starts elsewhere, the reference is wrong. From there the two runs stay within {{parity}}: the rounding of sums in another order. The fourth column is $\beta m$, averaged over the batch. These are training batches, so it rises in any case.
@@ -869,9 +881,13 @@ for _n, _t, _v in [(1, 2, 2), (3, 6, 4), (4, 9, 7)]:
         for _i in range(1, _t):
             _one, _other = torch.log_softmax(_p[_row, _i - 1], 0), torch.log_softmax(_q[_row, _i - 1], 0)
             _k1[_row] += _mask[_row, _i] * (_one - _other)[_ids[_row, _i]]
-            _stepwise[_row] += _mask[_row, _i] * torch.nn.functional.kl_div(_other, _one, log_target=True, reduction="sum")
+            _stepwise[_row] += _mask[_row, _i] * torch.nn.functional.kl_div(
+                _other, _one, log_target=True, reduction="sum"
+            )
     for _name, _want in {"k1": _k1, "k3": torch.exp(-_k1) - 1 + _k1, "stepwise": _stepwise}.items():
-        assert torch.allclose(_got[_name], _want), f"{_name} of {(_n, _t, _v)} random logits: {_want}, yours {_got[_name]}"
+        assert torch.allclose(_got[_name], _want), (
+            f"{_name} of {(_n, _t, _v)} random logits: {_want}, yours {_got[_name]}"
+        )
 _same = torch.randn(2, 5, 3, generator=_generator)
 _got = kl_estimates(_same, _same + 1.0, torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64))
 assert all(tensor.abs().max() < 1e-5 for tensor in _got.values()), "Equal distributions have divergence 0"
@@ -984,10 +1000,20 @@ assert alarms(calm) == set(), f"A calm curve raises nothing, set(); yours is {al
 got = alarms({**calm, "chosen": [0.0, -1.0]})
 assert got == {"displaced"}, f"The margin grew while the chosen replies became less likely: displaced; yours is {got}"
 got = alarms({**calm, "chosen": [0.0, -1.0], "margin": [0.0, -4.0]})
-assert "displaced" not in got, "With a negative margin the run has not learned the pairs at all: that is not displacement"
+assert "displaced" not in got, (
+    "With a negative margin the run has not learned the pairs at all: that is not displacement"
+)
 got = alarms({**calm, "length": [8.0, 10.5]})
 assert got == {"longer"}, f"10.5 tokens are more than 1.25 times 8: longer; yours is {got}"
-got = alarms({"chosen": [0.0, 1.0, 1.0], "margin": [0.0, 4.0, 5.0], "length": [8.0, 8.0, 9.9], "win": [0.5, 0.7, 0.7], "error": [0.02] * 3})
+got = alarms(
+    {
+        "chosen": [0.0, 1.0, 1.0],
+        "margin": [0.0, 4.0, 5.0],
+        "length": [8.0, 8.0, 9.9],
+        "win": [0.5, 0.7, 0.7],
+        "error": [0.02] * 3,
+    }
+)
 assert got == set(), f"9.9 tokens are less than 1.25 times 8, so nothing is raised; yours is {got}"
 ### BEGIN HIDDEN TESTS
 _rng = np.random.default_rng(2)
@@ -1149,8 +1175,9 @@ class Point(NamedTuple):
     grades: list[int]  # of one sampled reply to each test question
     kl: dict[str, np.ndarray]  # the three estimates, each (questions,), in nats
     length: float  # mean tokens of a sampled reply
-    chosen: float  # mean log-ratio on held-out pairs, in nats
-    rejected: float
+    idle: float  # the share of sampled replies with an idle sentence
+    chosen: np.ndarray  # log-ratios on held-out pairs, each (pairs,), in nats
+    rejected: np.ndarray
 
 
 def frontier(reference: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -1161,6 +1188,12 @@ def frontier(reference: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     tilted = q * np.exp(np.linspace(0, 60, 200)[:, None] * win)
     p = tilted / tilted.sum(axis=1, keepdims=True)
     return np.sum(p * np.log(p / q), axis=1), p @ win
+
+
+def habits(sampled: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """The mean number of tokens of sampled replies, and the share of them with an idle sentence."""
+    texts = tokenizer.batch_decode(sampled, skip_special_tokens=True)
+    return float(np.mean([len(reply) for reply in sampled])), float(np.mean([replies.is_idle(text) for text in texts]))
 
 
 @torch.no_grad()
@@ -1185,30 +1218,26 @@ def observe(policy: PeftModel, run: int, step: int, held_out: Sequence[dict[str,
         pairs = collate(held_out[at : at + 32])
         reference = torch.stack([pairs["ref_chosen_logps"], pairs["ref_rejected_logps"]])
         ratios.append(reply_logps(policy, pairs).cpu().view(2, -1) - reference)
-    chosen, rejected = torch.cat(ratios, dim=1).mean(dim=1).tolist()
-    length = float(np.mean([len(reply) for reply in sampled]))
-    return Point(
-        step, graded(sampled, tests[run]), {name: value.cpu().numpy() for name, value in kl.items()}, length, chosen, rejected
-    )  # fmt: skip
+    estimates = {name: value.cpu().numpy() for name, value in kl.items()}
+    return Point(step, graded(sampled, tests[run]), estimates, *habits(sampled), *torch.cat(ratios, dim=1).numpy())
 
 
 def train(
-    run: int, pairs: Sequence[Preference], beta: float, *, visits: int, a_token: bool = False, label: str = "DPO"
-) -> list[Point]:
-    """One run of DPO on pairs of which the last 32 are held out; measured at `visits` checkpoints after the start."""
+    run: int, pairs: Sequence[Preference], held_out: Sequence[Preference], beta: float, *, visits: int,
+    a_token: bool = False, label: str = "DPO",
+) -> list[Point]:  # fmt: skip
+    """One run of DPO, measured before the first step and at `visits` checkpoints; the last is after the last step."""
     policy = attach(seed + run)
-    rows = with_reference(policy, pairs)
-    kept, held_out = rows[:-32], rows[-32:]
+    rows, others = with_reference(policy, pairs), with_reference(policy, held_out)
     at = {max(1, round(steps * (visit + 1) / visits)) for visit in range(visits)}
-    points = [
-        Point(0, reference_grades[run * test_questions : (run + 1) * test_questions], {}, reference_length, 0.0, 0.0)
-    ]
+    zeros = np.zeros(len(held_out))
+    points = [Point(0, graded(drawn[run], tests[run]), {}, *habits(drawn[run]), zeros, zeros)]
 
     def visit(step: int) -> None:
         if step in at:
-            points.append(observe(policy, run, step, held_out))
+            points.append(observe(policy, run, step, others))
 
-    fit(policy, batches(kept, seed + run), beta, a_token=a_token, visit=visit, label=label)
+    fit(policy, batches(rows, seed + run), beta, a_token=a_token, visit=visit, label=label)
     policy.unload()
     return points
 
@@ -1231,7 +1260,11 @@ def nats(point: Point) -> float:
     return float(point.kl["stepwise"].mean()) if point.kl else 0.0
 
 
-found = {beta: [train(run, clean[run], beta, visits=4, label=f"beta {beta:g}") for run in range(runs)] for beta in betas}
+held_out = [replies.clean_pairs(part[:32], seed=seed + 1) for part in tests]
+found = {
+    beta: [train(run, clean[run], held_out[run], beta, visits=4, label=f"beta {beta:g}") for run in range(runs)]
+    for beta in betas
+}
 
 # %%
 shades = dict(zip(betas, (COLOURS.other, COLOURS.after, COLOURS.library), strict=False))
@@ -1243,7 +1276,9 @@ ax.plot(
 )
 for beta, curves in found.items():
     for curve in curves:
-        ax.plot([nats(point) for point in curve], [wins(point) for point in curve], color=shades[beta], lw=0.8, alpha=0.5)
+        ax.plot(
+            [nats(point) for point in curve], [wins(point) for point in curve], color=shades[beta], lw=0.8, alpha=0.5
+        )
     middle = [(np.mean([nats(p) for p in at]), np.mean([wins(p) for p in at])) for at in zip(*curves, strict=True)]
     ax.plot(*zip(*middle, strict=True), "o-", color=shades[beta], ms=5, label=f"β = {beta:g}")
 ax.axhline(0.5, color=COLOURS.before, lw=1, ls="--")
@@ -1257,3 +1292,468 @@ ax.set(
 )  # fmt: skip
 label_lines(ax)
 plt.show()
+
+# %% [markdown]
+# Thin lines are runs, thick ones their means; points are checkpoints, from the reference on the left to the last step. The scale of KL is a square root because near the reference it grows with the square of the distance (Gao et al., 2022, draw their curves so).
+#
+# ## Which estimate of the KL
+#
+# Three estimators, all unbiased, of the same replies at the last checkpoint:
+
+# %%
+rows = []
+for beta, curves in found.items():
+    for name in ("k1", "k3", "stepwise"):
+        values = np.concatenate([curve[-1].kl[name] for curve in curves])
+        rows.append((f"{beta:g}", name, values.mean(), values.std(ddof=1) / len(values) ** 0.5, np.mean(values < 0)))
+columns = ["beta", "estimate", "KL (nats a reply)", "standard error", "replies with a negative value"]
+formats = {columns[2]: "{:.2f}", columns[3]: "{:.2f}", columns[4]: "{:.0%}"}
+display(pd.DataFrame(rows, columns=columns).style.format(formats).hide(axis="index"))
+high = [value for _, name, value, *_ in rows if name == "k1"][-1]
+low = [value for _, name, value, *_ in rows if name == "k3"][-1]
+card.record("k1_high_beta", high, format=".2f", unit="nats", tolerance=0.5, label=f"KL by k1 at beta {betas[-1]:g}")
+card.record("k3_high_beta", low, format=".2f", unit="nats", tolerance=0.5, label=f"KL by k3 at beta {betas[-1]:g}")
+
+# %% [markdown]
+# k1 and the stepwise estimate agree within their errors; the second needs both models' whole distributions and has the smaller error. k3 is low, {{k3_high_beta}} where k1 has {{k1_high_beta}} at the largest β, and its small standard error does not warn you. It is unbiased only because of replies that the policy hardly ever gives: its term $\pi_{ref} / \pi$ averages to 1, but most of that 1 sits on the flawed replies that training has just made rare, and that you therefore do not sample. What is missing is about the probability that the reference gives to the replies that have disappeared: up to one nat. That matters at two nats and not at fifty. k3 token by token, as GRPO uses it, suffers less, since a single token moves less than a reply.
+#
+# ## What more training does
+#
+# The same runs by steps, at the smallest β: what the pairs see on the left, what users see on the right.
+
+
+# %%
+def curve_of(curves: Sequence[Sequence[Point]]) -> dict[str, list[float]]:
+    """The curve of a setting, averaged over its runs: what `alarms` reads."""
+    at = list(zip(*curves, strict=True))
+    each = [[wins(point) for point in points] for points in at]
+    return {
+        "chosen": [float(np.mean([p.chosen.mean() for p in points])) for points in at],
+        "margin": [float(np.mean([(p.chosen - p.rejected).mean() for p in points])) for points in at],
+        "length": [float(np.mean([p.length for p in points])) for points in at],
+        "win": [float(np.mean(values)) for values in each],
+        "error": [float(np.std(values) / max(1, len(values) - 1) ** 0.5) for values in each],
+    }
+
+
+def shares(curves: Sequence[Sequence[Point]]) -> np.ndarray:
+    """The share of each grade at each checkpoint, over all runs: (checkpoints, 4)."""
+    at = [np.concatenate([point.grades for point in points]) for points in zip(*curves, strict=True)]
+    return np.array([[np.mean(grades == grade) for grade in range(len(replies.GRADES))] for grades in at])
+
+
+small = found[betas[0]]
+visited = [point.step for point in small[0]]
+fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
+for name, colour in (("chosen", COLOURS.after), ("rejected", COLOURS.wrong)):
+    for curve in small:
+        left.plot(visited, [getattr(point, name).mean() for point in curve], color=colour, lw=0.8, alpha=0.5)
+    middle = [np.mean([getattr(point, name).mean() for point in at]) for at in zip(*small, strict=True)]
+    left.plot(visited, middle, color=colour, label=name)
+left.axhline(0, color=COLOURS.before, lw=1, ls="--")
+left.set(xlabel="step", ylabel="log-ratio, held-out pairs (nats)", title=f"β = {betas[0]:g}: both may fall")
+label_lines(left)
+palette = (COLOURS.wrong, COLOURS.library, COLOURS.before, COLOURS.after)
+for grade, name in enumerate(replies.GRADES):
+    right.plot(visited, shares(small)[:, grade], "o-", ms=4, color=palette[grade], label=name)
+right.set(xlabel="step", ylabel="share of sampled replies", ylim=(-0.03, 1.03), title="What it says")
+label_lines(right)
+plt.show()
+
+rows = []
+for beta, curves in found.items():
+    curve = curve_of(curves)
+    best = int(np.argmax(curve["win"]))
+    raised = ", ".join(sorted(alarms(curve))) or "none"
+    rows.append(
+        (
+            f"{beta:g}",
+            visited[best],
+            curve["win"][best],
+            curve["win"][-1],
+            curve["chosen"][-1],
+            curve["margin"][-1],
+            raised,
+        )
+    )
+columns = [
+    "beta",
+    "best at step",
+    "best win rate",
+    "last win rate",
+    "last chosen log-ratio",
+    "last margin",
+    "your alarms",
+]
+formats = {
+    "best win rate": "{:.1%}",
+    "last win rate": "{:.1%}",
+    "last chosen log-ratio": "{:+.1f}",
+    "last margin": "{:+.1f}",
+}
+display(pd.DataFrame(rows, columns=columns).style.format(formats).hide(axis="index"))
+
+# %% [markdown]
+# ## Length, learned by accident
+#
+# Reviewers like effort. Suppose that in your data the better reply is usually also the longer one: every pair sets a right, polite reply against a wrong or a rude one, all labels are correct, and an idle sentence stands in the *better* reply in 90 % of the pairs, else in the worse one. No pair compares a reply with and without it. Nobody ever said that idle sentences are good; they only go along with what is.
+#
+# Three ways to train on the same questions:
+#
+# - **as they come**: 90 % longer;
+# - **a token**: the same pairs, each log-ratio divided by the reply's number of tokens, with β multiplied by the mean number. `trl` has it as `loss_type="sigmoid_norm"`;
+# - **balanced**: the idle sentence in the better reply in half of the pairs.
+#
+# The margin is measured on balanced pairs that were held out, on those with the longer reply chosen and on those with the shorter one apart. A policy that has learned quality alone has the same margin on both.
+
+# %%
+middle_beta = betas[len(betas) // 2]
+lopsided = [replies.confounded_pairs(part, longer=0.9, seed=seed) for part in train_questions]
+balanced = [replies.confounded_pairs(part, longer=0.5, seed=seed) for part in train_questions]
+checked = [replies.confounded_pairs(part, longer=0.5, seed=seed + 1) for part in tests]
+mean_tokens = (
+    np.mean([len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in replies.encode(tokenizer, lopsided[0])]) / 2
+)
+ways = {
+    "as they come": (lopsided, {"beta": middle_beta}),
+    "a token": (lopsided, {"beta": middle_beta * mean_tokens, "a_token": True}),
+    "balanced": (balanced, {"beta": middle_beta}),
+}
+by_way = {
+    name: [train(run, data[run], checked[run], visits=2, label=name, **options) for run in range(runs)]
+    for name, (data, options) in ways.items()
+}
+print(lopsided[0][0].chosen, "\n   is better than\n", lopsided[0][0].rejected)
+
+# %%
+is_longer = [np.array([len(one.chosen) > len(one.rejected) for one in part]) for part in checked]
+colours = {"as they come": COLOURS.wrong, "a token": COLOURS.library, "balanced": COLOURS.after}
+panels: dict[str, Callable[[Point], float]] = {
+    "replies with an idle sentence": lambda point: point.idle,
+    "margin on held-out pairs (nats)": lambda point: float((point.chosen - point.rejected).mean()),
+    "win rate": wins,
+}
+fig, axes = plt.subplots(1, 3, figsize=(12.5, 3.8))
+for ax, (label, value) in zip(axes, panels.items(), strict=True):
+    for name, curves in by_way.items():
+        for curve in curves:
+            ax.plot(
+                [point.step for point in curve],
+                [value(point) for point in curve],
+                color=colours[name],
+                lw=0.8,
+                alpha=0.5,
+            )
+        middle = [np.mean([value(point) for point in at]) for at in zip(*curves, strict=True)]
+        ax.plot([point.step for point in curves[0]], middle, "o-", ms=4, color=colours[name], label=name)
+    ax.set(xlabel="step", ylabel=label)
+    label_lines(ax)
+axes[0].set_title("What nobody asked for")
+axes[1].set_title("What training reports")
+axes[2].set_title("What it is worth")
+plt.show()
+
+rows = []
+for name, curves in by_way.items():
+    last = [curve[-1] for curve in curves]
+    margins = [
+        np.mean([(point.chosen - point.rejected)[mask].mean() for point, mask in zip(last, masks, strict=True)])
+        for masks in (is_longer, [~mask for mask in is_longer])
+    ]
+    raised = ", ".join(sorted(alarms(curve_of(curves)))) or "none"
+    rows.append(
+        (name, *margins, np.mean([point.idle for point in last]), np.mean([wins(point) for point in last]), raised)
+    )
+columns = ["pairs", "margin, longer chosen", "margin, shorter chosen", "idle sentence", "win rate", "your alarms"]
+formats = {columns[1]: "{:+.1f}", columns[2]: "{:+.1f}", columns[3]: "{:.0%}", columns[4]: "{:.1%}"}
+display(pd.DataFrame(rows, columns=columns).style.format(formats).hide(axis="index"))
+
+idle_reference = [curve[0].idle for curve in by_way["balanced"]]
+mean, low, high = mean_interval(idle_reference)
+card.record("idle_reference", mean, format=".0%", tolerance=0.1, label="the reference's replies with an idle sentence")
+for key, name in (("idle_confounded", "as they come"), ("idle_token", "a token"), ("idle_balanced", "balanced")):
+    mean, low, high = mean_interval([curve[-1].idle for curve in by_way[name]])
+    card.record(
+        key, mean, format=".0%", low=low, high=high, tolerance=0.1, label=f"with an idle sentence, pairs {name}"
+    )
+
+# %% [markdown]
+# PROSE LENGTH
+#
+# ## Decide: how far do you go?
+#
+# The product allows {{kl_budget}} nats of KL a reply, in every run: whoever approved the reference will not approve a model that has drifted further. You have a table of checkpoints and must ship one.
+#
+# The questions of each run are cut in two. You choose on the first half (**validation**) and are judged on the second (**test**): the best of twelve noisy numbers looks better than it is.
+#
+# **Exercise.**
+#
+# 1. `choose(table, budget)` returns the key of the checkpoint to ship. `table` maps `(beta, step)` to a list of `(kl, win)`, one a run. Admissible is a checkpoint whose KL is at most `budget` in *every* run. Of those, the one with the highest mean win rate; of equal ones, the one with the fewest steps. When none is admissible, return `None`: you ship the reference.
+# 2. `my_beta`: if you could train at one β only, one of `betas`, with this budget. And `predicted_win`, the win rate on the test half that you expect from it, as a share. Graded for being answered; measured below.
+#
+# `choose({(0.1, 10): [(0.5, 0.6), (3.0, 0.9)], (1.0, 10): [(0.4, 0.6), (0.6, 0.7)]}, 2.0)` is `(1.0, 10)`. *About 6 lines.*
+#
+# <details><summary>Hint 1</summary>Filter first, then compare. What is compared, and over what is it averaged?</details>
+# <details><summary>Hint 2</summary><code>max</code> with a key that returns a tuple compares the second entry where the first are equal; fewer steps must count as more.</details>
+# <details><summary>Hint 3</summary>kept = the keys whose largest kl is at most the budget. If there are none, None. Else max(kept, key=lambda key: (mean of the wins, −step)).</details>
+
+# %% exercise="decide" difficulty=2 minutes=11
+my_beta = None
+predicted_win = None
+### BEGIN SOLUTION
+my_beta, predicted_win = 0.3, 0.7
+### END SOLUTION
+
+
+def choose(table: Mapping[tuple[float, int], Sequence[tuple[float, float]]], budget: float) -> tuple[float, int] | None:
+    """Return the (beta, step) to ship: the best mean win rate whose KL is within the budget in every run."""
+    ### BEGIN SOLUTION
+    kept = [key for key, measured in table.items() if all(kl <= budget for kl, _ in measured)]
+    if not kept:
+        return None
+    return max(kept, key=lambda key: (np.mean([win for _, win in table[key]]), -key[1]))
+    ### END SOLUTION
+
+
+# %% check="decide" points=1
+assert my_beta in betas, f"my_beta is one of {betas}; yours is {my_beta!r}"
+assert isinstance(predicted_win, (int, float, np.number)), f"Predict with a number, now {predicted_win!r}"
+assert 0 <= predicted_win <= 1, f"predicted_win is a share between 0 and 1 (0.6 for 60 %), not {predicted_win}"
+
+# %% check="decide" points=2
+checkpoints = {
+    (0.1, 10): [(0.5, 0.60), (0.7, 0.64)],
+    (0.1, 20): [(1.5, 0.90), (2.5, 0.92)],
+    (1.0, 20): [(0.9, 0.65), (1.1, 0.63)],
+}
+kept_copy = repr(checkpoints)
+got = choose(checkpoints, 2.0)
+assert got != (0.1, 20), "One run of (0.1, 20) is at 2.5 nats: a mean of 2.0 is not within the budget in every run"
+assert got == (1.0, 20), f"Within 2 nats the best mean is 64 % at (1.0, 20); you choose {got}"
+got = choose(checkpoints, 9.0)
+assert got == (0.1, 20), f"With 9 nats everything is admissible and (0.1, 20) is best; you choose {got}"
+got = choose(checkpoints, 0.1)
+assert got is None, f"Within 0.1 nats nothing is admissible: ship the reference, None; you choose {got}"
+lucky = {(0.1, 10): [(0.5, 0.95), (0.5, 0.45)], (1.0, 30): [(0.5, 0.75), (0.5, 0.75)]}
+assert choose(lucky, 1.0) == (1.0, 30), "One lucky run is not a better checkpoint: compare the means of the runs"
+equal = {(0.1, 30): [(0.5, 0.75)], (1.0, 10): [(0.9, 0.75)], (0.5, 20): [(0.1, 0.75)]}
+assert choose(equal, 1.0) == (1.0, 10), (
+    f"Of equal win rates take the fewest steps, (1.0, 10); you choose {choose(equal, 1.0)}"
+)
+assert repr(checkpoints) == kept_copy, "Do not change the table that you read"
+### BEGIN HIDDEN TESTS
+_rng = np.random.default_rng(5)
+for _case in range(40):
+    _table = {
+        (float(_rng.choice([0.05, 0.3, 2.0])), int(_step)): [
+            (float(_rng.random() * 3), float(_rng.integers(8, 17) / 20)) for _ in range(int(_rng.integers(1, 4)))
+        ]
+        for _step in _rng.permutation(60)[: int(_rng.integers(1, 8))]
+    }
+    _budget = float(_rng.choice([0.0, 1.0, 2.0, 3.0]))
+    _kept = {key: part for key, part in _table.items() if max(kl for kl, _ in part) <= _budget}
+    _order = sorted(_kept, key=lambda key: (-round(float(np.mean([win for _, win in _kept[key]])), 12), key[1]))
+    _got = choose(_table, _budget)
+    if not _kept:
+        assert _got is None, f"Nothing is within {_budget} nats: None, not {_got}"
+    else:
+        _best = float(np.mean([win for _, win in _kept[_order[0]]]))
+        _equal = [key for key in _kept if abs(np.mean([win for _, win in _kept[key]]) - _best) < 1e-9]
+        assert _got in _equal, f"budget {_budget}: the rule chooses {_order[0]} from {_table}, you {_got}"
+### END HIDDEN TESTS
+
+# %% mistake="a mean KL within the budget" of="decide" says="not within the budget in every run"
+my_beta, predicted_win = betas[0], 0.6
+
+
+def choose(table, budget):
+    kept = [k for k, part in table.items() if np.mean([kl for kl, _ in part]) <= budget]
+    return max(kept, key=lambda k: (np.mean([w for _, w in table[k]]), -k[1])) if kept else None
+
+
+# %% mistake="the best win rate, whatever it costs" of="decide" says="not within the budget in every run"
+my_beta, predicted_win = betas[0], 0.6
+
+
+def choose(table, budget):
+    return max(table, key=lambda k: (np.mean([w for _, w in table[k]]), -k[1]))
+
+
+# %% mistake="always ships something" of="decide" says="ship the reference"
+my_beta, predicted_win = betas[0], 0.6
+
+
+def choose(table, budget):
+    kept = [k for k, part in table.items() if max(kl for kl, _ in part) <= budget]
+    if not kept:
+        return min(table, key=lambda k: max(kl for kl, _ in table[k]))
+    return max(kept, key=lambda k: (np.mean([w for _, w in table[k]]), -k[1]))
+
+
+# %% mistake="compares the best runs" of="decide" says="One lucky run"
+my_beta, predicted_win = betas[0], 0.6
+
+
+def choose(table, budget):
+    kept = [k for k, part in table.items() if max(kl for kl, _ in part) <= budget]
+    return max(kept, key=lambda k: (max(w for _, w in table[k]), -k[1])) if kept else None
+
+
+# %% mistake="of equals the smallest KL" of="decide" says="take the fewest steps"
+my_beta, predicted_win = betas[0], 0.6
+
+
+def choose(table, budget):
+    kept = [k for k, part in table.items() if max(kl for kl, _ in part) <= budget]
+    return (
+        max(kept, key=lambda k: (np.mean([w for _, w in table[k]]), -max(kl for kl, _ in table[k]))) if kept else None
+    )
+
+
+# %% mistake="a win rate in percent" of="decide" says="a share between 0 and 1"
+my_beta, predicted_win = betas[0], 70
+
+
+def choose(table, budget):
+    kept = [k for k, part in table.items() if max(kl for kl, _ in part) <= budget]
+    return max(kept, key=lambda k: (np.mean([w for _, w in table[k]]), -k[1])) if kept else None
+
+
+# %% alternative="one pass that keeps the best" of="decide"
+my_beta, predicted_win = betas[-1], 1
+
+
+def choose(table, budget):
+    best, best_win = None, -1.0
+    for key in sorted(table, key=lambda k: k[1]):
+        kls, rates = zip(*table[key], strict=True)
+        win = sum(rates) / len(rates)
+        if max(kls) <= budget and win > best_win + 1e-12:
+            best, best_win = key, win
+    return best
+
+
+# %%
+def half(point: Point, part: slice) -> tuple[float, float]:
+    """KL (nats a reply) and win rate of a checkpoint on a part of the test questions."""
+    kl = float(point.kl["stepwise"][part].mean()) if point.kl else 0.0
+    return kl, win_rate(point.grades[part], reference_grades)
+
+
+validation, test = slice(0, test_questions // 2), slice(test_questions // 2, test_questions)
+by_key = {(beta, at[0].step): at for beta, curves in found.items() for at in list(zip(*curves, strict=True))[1:]}
+reference_points = [curve[0] for curve in found[betas[0]]]
+table = {key: [half(point, validation) for point in points] for key, points in by_key.items()}
+mine = {key: measured for key, measured in table.items() if key[0] == my_beta}
+rules = {f"{budget:g} nats": choose(table, budget) for budget in sorted({0.5, 1.0, kl_budget, 5.0})}
+rules[f"{kl_budget:g} nats, your β alone"] = choose(mine, kl_budget)
+rules["no budget"] = choose(table, float("inf"))
+rules[f"β = {betas[0]:g}, to the end"] = (betas[0], steps)
+
+rows, spans = [], []
+for name, key in rules.items():
+    points = by_key.get(key, reference_points) if key else reference_points
+    chosen_on = np.mean([half(point, validation)[1] for point in points])
+    tested = [half(point, test) for point in points]
+    spans.append(mean_interval([win for _, win in tested]))
+    what = f"β = {key[0]:g}, step {key[1]}" if key else "the reference"
+    rows.append((name, what, chosen_on, spans[-1][0], np.mean([kl for kl, _ in tested])))
+columns = ["rule", "ships", "win rate, validation", "win rate, test", "KL, test (nats)"]
+formats = {columns[2]: "{:.1%}", columns[3]: "{:.1%}", columns[4]: "{:.2f}"}
+display(pd.DataFrame(rows, columns=columns).style.format(formats).hide(axis="index"))
+yours = f"{kl_budget:g} nats, your β alone"
+compare([(f"test win rate, {yours}", predicted_win, dict(zip(rules, spans, strict=True))[yours][0])], format=".1%")
+
+fig, ax = plt.subplots(figsize=(7.5, 3.6))
+for place, (name, (mean, low, high)) in enumerate(zip(rules, spans, strict=True)):
+    colour = COLOURS.after if name == yours else COLOURS.wrong if "end" in name else COLOURS.before
+    ax.plot([low, high], [place, place], color=colour, lw=1.8)
+    ax.plot([mean], [place], "o", color=colour, ms=6)
+ax.axvline(0.5, color=COLOURS.truth, lw=1, ls="--")
+ax.set_yticks(range(len(rules)), list(rules))
+ax.invert_yaxis()
+ax.set(xlabel="win rate on the test half (mean of the runs, 95 % interval)", title="What a rule ships")
+plt.show()
+
+(shipped_win, shipped_low, shipped_high), shipped_kl = (
+    spans[list(rules).index(f"{kl_budget:g} nats")],
+    rows[list(rules).index(f"{kl_budget:g} nats")][-1],
+)
+card.record("kl_budget", kl_budget, format="g", label="the budget of KL, in nats a reply")
+card.record(
+    "win_after",
+    shipped_win,
+    format=".1%",
+    low=shipped_low,
+    high=shipped_high,
+    tolerance=0.1,
+    label="win rate within the budget",
+)
+card.record("kl_after", shipped_kl, format=".2f", tolerance=1.0, label="its KL from the reference", unit="nats")
+card.record(
+    "win_end",
+    spans[-1][0],
+    format=".1%",
+    low=spans[-1][1],
+    high=spans[-1][2],
+    tolerance=0.15,
+    label="win rate at the smallest beta, trained to the end",
+)
+card.record("kl_end", rows[-1][-1], format=".0f", tolerance=100.0, label="its KL from the reference", unit="nats")
+
+# %% [markdown]
+# PROSE DECIDE
+#
+# ## With a real model
+#
+# Names, template and sizes are read from the model, so the lesson runs with any causal language model that has a chat template:
+#
+# ```
+# course run 2.5 -p model_id Qwen/Qwen3-0.6B -p device cuda -p sft_rate 1e-5 -p learning_rate 2e-5 -p longest_prompt 80 -p steps 100
+# ```
+#
+# What changes:
+#
+# - **Rates and β.** Learning rates of 1e-6 (all weights; `trl`'s default) to 5e-5 (adapters) with β = 0.1 to 0.5 are usual, for one epoch. Real replies have hundreds of tokens, so the same margin is a smaller change of each.
+# - **The judge.** No exact grades. A stronger model compares two replies, in both orders, since judges favour the first one and the longer one; report length-controlled win rates (Dubois et al., 2024), and keep a set of human judgements to validate the judge.
+# - **Pairs on policy.** The frontier is reached by moving probability between replies that the policy gives. Pairs written by other models are off its distribution and displace more; sample both replies from your reference and let the judge order them (Guo et al., 2024).
+# - **The template.** `DPOTrainer` finds the reply as what follows the common beginning of the tokenized prompt and of the whole chat, and warns where they diverge. With templates that add something to the assistant's turn (thinking tags), compare its tokens with yours before you trust parity.
+# - **Memory.** Policy and reference share the weights, through the disabled adapter. Activations are for two replies a pair; `precompute_ref_log_probs=True` saves the reference's forward pass in every step.
+
+# %% [markdown]
+# ## Result card
+
+# %%
+card.show()
+
+# %% [markdown]
+# ## Say it in an interview
+#
+# <details><summary>Derive the DPO loss in four sentences. Where does β come from, and what does it do?</summary>
+#
+# Maximise reward minus β times the KL from the reference; the optimum is the reference times exp(r/β), normalised. Solve for r: β times the log-ratio plus a term of the prompt alone. In Bradley-Terry only the difference of two rewards counts, so that term cancels, and the likelihood of the comparisons is log σ(β · margin). β is the price of a nat of KL, and in the loss the scale at which a pair is settled: at a margin of 2.9/β the model gives 95 %. It does not bound the KL. With pairs that can be separated the loss has no minimum at finite margins, so the number of steps and the rate decide as much as β.
+# </details>
+#
+# <details><summary>The log-probability of the chosen replies falls during training. Is that a bug?</summary>
+#
+# Not by itself: the loss sees the difference only. Chosen and rejected share tokens and weights, so pushing the rejected one down takes the chosen one along, the more the more alike they are (Pal et al., 2024; Razin et al., 2024). The mass has to go somewhere, and replies that stand in no pair get it. So look at where it went: sample. If the samples get worse, raise β, lower the rate, stop earlier, drop pairs that are nearly identical, or add a likelihood term on the chosen replies (`loss_type=["sigmoid", "sft"]`).
+# </details>
+#
+# <details><summary>Your raters prefer long answers. How do you notice, and what do you do?</summary>
+#
+# Notice: plot reply length next to the win rate; split held-out pairs by which reply is longer and compare the margins. Here pairs with the longer reply better in 90 % raised the share of idle replies from {{idle_reference}} to {{idle_confounded}}, with all labels right. Do: balance or reweight the pairs by length ({{idle_balanced}} here), since a confounded data set cannot tell what raters meant; a length-normalised loss ({{idle_token}}) changes how strongly length pays, not what the data say. And judge with a length-controlled win rate.
+# </details>
+
+# %% [markdown]
+# ## Read next
+#
+# - Rafael Rafailov et al., [Direct Preference Optimization: Your Language Model is Secretly a Reward Model](https://arxiv.org/abs/2305.18290), 2023. Sections 4 and 5.
+# - Leo Gao, John Schulman, Jacob Hilton, [Scaling Laws for Reward Model Overoptimization](https://arxiv.org/abs/2210.10760), 2022. Gold reward against the square root of the KL.
+# - Rafael Rafailov et al., [Scaling Laws for Reward Model Overoptimization in Direct Alignment Algorithms](https://arxiv.org/abs/2406.02900), 2024. The same for DPO and its relatives.
+# - Arka Pal et al., [Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive](https://arxiv.org/abs/2402.13228), 2024.
+# - Noam Razin et al., [Unintentional Unalignment: Likelihood Displacement in Direct Preference Optimization](https://arxiv.org/abs/2410.08847), 2024.
+# - Ryan Park, Rafael Rafailov, Stefano Ermon, Chelsea Finn, [Disentangling Length from Quality in Direct Preference Optimization](https://arxiv.org/abs/2403.19159), 2024.
+# - Yu Meng, Mengzhou Xia, Danqi Chen, [SimPO: Simple Preference Optimization with a Reference-Free Reward](https://arxiv.org/abs/2405.14734), 2024. A length-normalised reward.
+# - Yann Dubois et al., [Length-Controlled AlpacaEval: A Simple Way to Debias Automatic Evaluators](https://arxiv.org/abs/2404.04475), 2024.
+# - Shangmin Guo et al., [Direct Language Model Alignment from Online AI Feedback](https://arxiv.org/abs/2402.04792), 2024.
+# - John Schulman, [Approximating KL Divergence](http://joschu.net/blog/kl-approx.html), 2020; Afra Amini, Tim Vieira, Ryan Cotterell, [Better Estimation of the KL Divergence Between Language Models](https://arxiv.org/abs/2504.10637), 2025.
