@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from labkit.base_model.finetune import Pair, chat_prompt
+from labkit.triage import Example
 from labkit.world import Preference, World
 from labkit.world.dialogue import FILLERS, INSULTS
 
@@ -62,8 +62,8 @@ def asked(
 
 def demonstrations(
     preferences: Sequence[Preference], *, wrong: float, rude: float, idle: float, seed: int
-) -> list[Pair]:
-    """A reply of every quality to each prompt, for supervised finetuning.
+) -> list[tuple[str, str]]:
+    """Prompts with replies of every quality, for supervised finetuning.
 
     An insult stands in a share `rude` of them, an idle sentence in a share `idle`, independently. A share `wrong` of
     those whose flaw is "ungrounded" (about a third of all) answers with another value.
@@ -72,8 +72,15 @@ def demonstrations(
     found = []
     for one in preferences:
         answer = one.rejected if one.flaw == "ungrounded" and rng.random() < wrong else one.chosen
-        found.append(Pair(one.prompt, _dressed(rng, answer, rude=rng.random() < rude, idle=rng.random() < idle)))
+        found.append((one.prompt, _dressed(rng, answer, rude=rng.random() < rude, idle=rng.random() < idle)))
     return found
+
+
+def examples(tokenizer: PreTrainedTokenizerBase, shown: Sequence[tuple[str, str]]) -> list[Example]:
+    """Prompts with replies as token ids, as `labkit.triage.batches` takes them."""
+    return [
+        Example(tuple(prompt_ids(tokenizer, prompt)), tuple(reply_ids(tokenizer, reply))) for prompt, reply in shown
+    ]
 
 
 def clean_pairs(preferences: Sequence[Preference], *, seed: int) -> list[Preference]:
@@ -109,24 +116,29 @@ def confounded_pairs(preferences: Sequence[Preference], *, longer: float, seed: 
     return found
 
 
+def layout(text: str) -> str:
+    """A passage and a question as a base model reads them: plain text, and the reply stands on the next line."""
+    return f"{text}\n"
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The token ids of a user's turn, up to where the reply starts."""
-    return list(tokenizer(chat_prompt(tokenizer, text), add_special_tokens=False)["input_ids"])
+    """The token ids of a passage and a question, up to where the reply starts."""
+    return list(tokenizer(layout(text))["input_ids"])
+
+
+def reply_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of a reply, with the end-of-sequence token."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference]) -> list[dict[str, list[int]]]:
     """Pairs as trl's `DataCollatorForPreference` wants them: the ids of the prompt and of both replies, which end with
     the end-of-sequence token."""
-    end = [tokenizer.eos_token_id]
-
-    def reply(text: str) -> list[int]:
-        return [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]
-
     return [
         {
             "prompt_ids": prompt_ids(tokenizer, one.prompt),
-            "chosen_ids": reply(one.chosen),
-            "rejected_ids": reply(one.rejected),
+            "chosen_ids": reply_ids(tokenizer, one.chosen),
+            "rejected_ids": reply_ids(tokenizer, one.rejected),
         }
         for one in pairs
     ]

@@ -21,7 +21,7 @@
 # %% tags=["parameters"]
 model_id = "shipped"  # "shipped", the id of a causal language model on the Hub, or a local folder
 device = "cpu"  # "cpu", "cuda" or "mps"
-sft_examples = 768
+sft_steps = 48  # of 16 examples
 sft_rate = 1e-3  # of all weights, for the shipped model of about a million; 1e-5 for a real one
 learning_rate = 5e-4  # of the adapters; 5e-6 to 5e-5 for a real model
 rank = 8
@@ -63,8 +63,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, get_con
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from labkit import adapters, base_model, replies
-from labkit.base_model.finetune import finetune
+from labkit import adapters, base_model, replies, triage
 from labkit.plots import COLOURS, label_lines, use_house_style
 from labkit.predict import compare
 from labkit.results import ResultCard
@@ -91,13 +90,18 @@ for module in model.modules():
         module.p = 0.0
 
 asked = partial(replies.asked, tokenizer, longest=longest_prompt)
-logs = [one for world in range(4) for one in asked(World(LESSON_SEEDS[900 + world]), sft_examples // 4)]
+logs = [one for world in range(4) for one in asked(World(LESSON_SEEDS[900 + world]), 192)]
 shown = replies.demonstrations(logs, wrong=0.45, rude=0.25, idle=0.35, seed=seed)
-finetune(model, tokenizer, shown, rate=sft_rate, seed=seed)
+examples = replies.examples(tokenizer, shown)
+model.requires_grad_(True)
+triage.train(
+    model, triage.batches(examples, size=16, steps=sft_steps, seed=seed), steps=sft_steps, learning_rate=sft_rate,
+    label="supervised finetuning",
+)  # fmt: skip
 model.requires_grad_(False)
-print(shown[0].prompt, "\n")
-for one in shown[:5]:
-    print(repr(one.reply))
+print(shown[0][0], "\n")
+for _, reply in shown[:5]:
+    print(repr(reply))
 
 # %% [markdown]
 # Grades are exact, since the world knows the answer:
@@ -759,12 +763,12 @@ in_order = (collate(rows[at : at + batch_size]) for at in range(0, len(rows), ba
 my_losses = fit(policy, in_order, parity_beta, until=parity_steps)
 policy.unload()
 
-chats = datasets.Dataset.from_list(
+columns = datasets.Dataset.from_list(
     [
         {
-            "prompt": [{"role": "user", "content": one.prompt}],
-            "chosen": [{"role": "assistant", "content": one.chosen}],
-            "rejected": [{"role": "assistant", "content": one.rejected}],
+            "prompt": replies.layout(one.prompt),
+            "chosen": one.chosen,
+            "rejected": one.rejected,
         }
         for one in parity_pairs
     ]
@@ -779,7 +783,7 @@ with tempfile.TemporaryDirectory() as folder:
     )  # fmt: skip
     trainer = DPOTrainer(
         copy.deepcopy(model),  # trl replaces the model's forward, so it gets a copy
-        args=settings, train_dataset=chats, processing_class=tokenizer,
+        args=settings, train_dataset=columns, processing_class=tokenizer,
         peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(adapters.linear_layers(model))),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
