@@ -3,7 +3,7 @@
 #
 # You will be able to train a preference into an adapter with Direct Preference Optimization, prove that your loss is `trl`'s, and read from the curves how far to go and what the pairs taught besides quality.
 #
-# **You will measure.** Win rate against the reference: 50 % before, {{win_after}} after {{kl_after}} nats of KL (95 % interval {{win_after:interval}}). After two hundred times as many nats a policy is worse than where it began. With pairs whose better reply is usually the longer one, {{idle_confounded}} of the replies hold an idle sentence, where the reference has {{idle_reference}}. On the same batches, your loss differs from `trl`'s by {{parity}}.
+# **You will measure.** Win rate against the reference: 50 % before, {{win_after}} within a budget of {{kl_budget}} nats of KL (95 % interval {{win_after:interval}}). The same pairs at a small β, trained to the end: {{win_end}} at {{kl_end}} nats. With pairs whose better reply is usually the longer one, an idle sentence stands in {{idle_confounded}} of the replies, in the reference's in {{idle_reference}}. On the same batches your loss differs from `trl`'s by {{parity}}.
 #
 # **You need.** Lesson 1.5 (supervised finetuning, masks) and 2.1 (adapters); the logistic function; the KL divergence.
 #
@@ -639,7 +639,7 @@ def by_reference(policy, function):
         return function(policy)
 
 
-# %% mistake="a second model" of="reference" says="a copy is the second model in memory"
+# %% mistake="copies the whole policy" of="reference" says="a copy is the second model in memory"
 def by_reference(policy, function):
     reference = copy.deepcopy(policy).unload()
     with torch.no_grad():
@@ -1367,7 +1367,7 @@ plt.show()
 rows = []
 for beta, curves in found.items():
     curve = curve_of(curves)
-    best = int(np.argmax(curve["win"]))
+    best = curve["win"].index(max(curve["win"]))
     raised = ", ".join(sorted(alarms(curve))) or "none"
     rows.append(
         (
@@ -1482,7 +1482,7 @@ for key, name in (("idle_confounded", "as they come"), ("idle_token", "a token")
     )
 
 # %% [markdown]
-# PROSE LENGTH
+# From {{idle_reference}} of the reference's replies, the share with an idle sentence goes to {{idle_confounded}} with the pairs as they come, to {{idle_token}} with the loss a token, and to {{idle_balanced}} with balanced pairs.
 #
 # ## Decide: how far do you go?
 #
@@ -1706,8 +1706,6 @@ card.record(
 card.record("kl_end", rows[-1][-1], format=".0f", tolerance=100.0, label="its KL from the reference", unit="nats")
 
 # %% [markdown]
-# PROSE DECIDE
-#
 # ## With a real model
 #
 # Names, template and sizes are read from the model, so the lesson runs with any causal language model that has a chat template:
