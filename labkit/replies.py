@@ -14,26 +14,25 @@ from labkit.triage import Example
 from labkit.world import Preference, World
 from labkit.world.dialogue import FILLERS, INSULTS
 
-GRADES = ("wrong", "rude", "idle", "good")
+GRADES = ("rude", "wrong", "idle", "good")
 """What a reply can be, from the worst (grade 0) to the best (grade 3)."""
 
 
 def grade(reply: str, answer: str) -> int:
     """The grade of a reply to a question whose right reply is `answer`: an index into `GRADES`.
 
-    A wrong reply has grade 0. Of the right ones, one with an insult has 1, one with an idle sentence but no insult 2,
-    and one that is the answer and nothing else 3. What is neither answer, insult nor idle sentence makes a reply wrong.
+    A reply with an insult has grade 0, whatever else it says. Of the others, a wrong one has 1, a right one with an
+    idle sentence 2, and one that is the answer and nothing else 3. What is neither answer nor idle sentence makes a
+    reply wrong.
     """
-    rest, rude, idle = reply, False, False
-    for sentence in INSULTS:
-        rude |= sentence in rest
-        rest = rest.replace(sentence, " ")
+    if any(sentence in reply for sentence in INSULTS):
+        return 0
+    rest = reply
     for sentence in FILLERS:
-        idle |= sentence in rest
         rest = rest.replace(sentence, " ")
     if " ".join(rest.split()) != answer:
-        return 0
-    return 1 if rude else 2 if idle else 3
+        return 1
+    return 2 if rest != reply else 3
 
 
 def is_idle(reply: str) -> bool:

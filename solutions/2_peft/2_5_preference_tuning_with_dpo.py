@@ -21,15 +21,15 @@
 # %% tags=["parameters"]
 model_id = "shipped"  # "shipped", the id of a causal language model on the Hub, or a local folder
 device = "cpu"  # "cpu", "cuda" or "mps"
-sft_steps = 48  # of 16 examples
-sft_rate = 1e-3  # of all weights, for the shipped model of about a million; 1e-5 for a real one
+sft_steps = 96  # of 16 examples
+sft_rate = 1.5e-3  # of all weights, for the shipped model of about a million; 1e-5 for a real one
 learning_rate = 5e-4  # of the adapters; 5e-6 to 5e-5 for a real model
 rank = 8
 betas = (0.05, 0.3, 2.0)
-steps = 48
+steps = 40
 batch_size = 8  # pairs
 pairs_a_run = 256
-test_questions = 96  # of each run; a reply to each is drawn at every checkpoint
+test_questions = 64  # of each run; a reply to each is drawn at every checkpoint
 longest_prompt = 56  # tokens; raise it for a tokenizer with shorter tokens
 kl_budget = 2.0  # nats a reply that the product allows, in every run
 runs = 3  # each with companies, pairs, a start and an order of its own
@@ -90,8 +90,8 @@ for module in model.modules():
         module.p = 0.0
 
 asked = partial(replies.asked, tokenizer, longest=longest_prompt)
-logs = [one for world in range(4) for one in asked(World(LESSON_SEEDS[900 + world]), 192)]
-shown = replies.demonstrations(logs, wrong=0.45, rude=0.25, idle=0.35, seed=seed)
+logs = [one for world in range(4) for one in asked(World(LESSON_SEEDS[900 + world]), 256)]
+shown = replies.demonstrations(logs, wrong=0.15, rude=0.25, idle=0.35, seed=seed)
 examples = replies.examples(tokenizer, shown)
 model.requires_grad_(True)
 triage.train(
@@ -110,8 +110,8 @@ for _, reply in shown[:5]:
 # |---|---|---|
 # | 3 | good | is the right answer and nothing else |
 # | 2 | idle | has the right answer and an idle sentence |
-# | 1 | rude | has the right answer and an insult |
-# | 0 | wrong | has anything else |
+# | 1 | wrong | says anything else, politely |
+# | 0 | rude | has an insult, whatever else it says |
 #
 # A **win** is a better grade than the reference's reply has, and a tie is half a win. As grades mean the same for every question, you may compare a reply with *all* replies of the reference instead of one, which leaves less noise. So the reference itself wins 50 %.
 
@@ -750,7 +750,7 @@ for one in clean[0][:4]:
 # %% [markdown]
 # ## Match: `trl`'s trainer on the same batches
 #
-# `DPOTrainer` takes the pairs as chats and does the rest: template, tokens, masks, the reference with the adapter off. Give it your start and your order, and compare the first steps. `bf16=False` because the default is bfloat16, which has another rounding; `gradient_checkpointing=False` because recomputing activations only saves memory.
+# `DPOTrainer` takes the columns `prompt`, `chosen` and `rejected` as text or as chats, and does the rest: tokens, masks, the reference with the adapter off. Text it is here, since the prompts are plain text. Give it your start and your order, and compare the first steps. `bf16=False` because the default is bfloat16, which has another rounding; `activation_checkpointing=False` because recomputing activations only saves memory.
 
 # %%
 parity_steps = min(steps, 6)
@@ -777,7 +777,7 @@ with tempfile.TemporaryDirectory() as folder:
     settings = DPOConfig(
         folder, beta=parity_beta, learning_rate=learning_rate, max_steps=parity_steps,
         per_device_train_batch_size=batch_size, lr_scheduler_type="constant_with_warmup", warmup_steps=5,
-        weight_decay=0.0, bf16=False, gradient_checkpointing=False, train_sampling_strategy="sequential",
+        weight_decay=0.0, bf16=False, activation_checkpointing=False, train_sampling_strategy="sequential",
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=device == "cpu",
         dataloader_pin_memory=False, seed=seed,
     )  # fmt: skip
@@ -1357,7 +1357,7 @@ for name, colour in (("chosen", COLOURS.after), ("rejected", COLOURS.wrong)):
 left.axhline(0, color=COLOURS.before, lw=1, ls="--")
 left.set(xlabel="step", ylabel="log-ratio, held-out pairs (nats)", title=f"β = {betas[0]:g}: both may fall")
 label_lines(left)
-palette = (COLOURS.wrong, COLOURS.library, COLOURS.before, COLOURS.after)
+palette = (COLOURS.library, COLOURS.wrong, COLOURS.before, COLOURS.after)
 for grade, name in enumerate(replies.GRADES):
     right.plot(visited, shares(small)[:, grade], "o-", ms=4, color=palette[grade], label=name)
 right.set(xlabel="step", ylabel="share of sampled replies", ylim=(-0.03, 1.03), title="What it says")

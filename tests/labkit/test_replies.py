@@ -14,9 +14,10 @@ def test_grades_from_worst_to_best() -> None:
     idle, insult = FILLERS[0], INSULTS[0]
     assert replies.grade("46 months.", "46 months.") == 3
     assert replies.grade(f"46 months. {idle}", "46 months.") == 2
-    assert replies.grade(f"{insult} 46 months. {idle}", "46 months.") == 1
-    for wrong in ("", "47 months.", "46 months", f"{idle}", "46 months. 46 months.", "46 months. Yes."):
-        assert replies.grade(wrong, "46 months.") == 0
+    for rude in (f"{insult} 46 months. {idle}", f"47 months. {insult}"):
+        assert replies.grade(rude, "46 months.") == 0
+    for wrong in ("", "47 months.", "46 months", f"{idle}", "46 months. 46 months.", f"{idle} Yes."):
+        assert replies.grade(wrong, "46 months.") == 1
 
 
 def test_asked_are_short_and_do_not_overlap() -> None:
@@ -27,7 +28,7 @@ def test_asked_are_short_and_do_not_overlap() -> None:
 
 
 def test_clean_pairs_have_one_flaw() -> None:
-    grades = {"ungrounded": 0, "rude": 1, "rambling": 2}
+    grades = {"rude": 0, "ungrounded": 1, "rambling": 2}
     pairs = replies.clean_pairs(ASKED, seed=0)
     for one, asked in zip(pairs, ASKED, strict=True):
         assert replies.grade(one.chosen, asked.chosen) == 3
