@@ -1292,13 +1292,16 @@ ticks = [tick for tick in (0, 0.3, 1, 3, 10, 30, 100, 300) if tick <= max(1.2 * 
 ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 ax.set(
     xlabel="KL from the reference (nats a reply, square-root scale)", ylabel="win rate against the reference",
-    title="More training is better, then worse",
+    title="What a nat of KL buys",
 )  # fmt: skip
 label_lines(ax)
 plt.show()
+card.record("replies_a_point", runs * test_questions, format="d", label="sampled replies behind each point")
 
 # %% [markdown]
 # Thin lines are runs, thick ones their means; points are checkpoints, from the reference on the left to the last step. The scale of KL is a square root because near the reference it grows with the square of the distance (Gao et al., 2022, draw their curves so).
+#
+# Read it from left to right. Every policy lies below the frontier, up to the noise of {{replies_a_point}} sampled replies a point: a part of its KL goes into changes that no grade rewards, such as which idle sentence it uses, or how it spells a number. The larger β moves less far in the same number of steps. The smallest one goes furthest, and what it buys with the additional nats is the question of the next figures.
 #
 # ## Which estimate of the KL
 #
@@ -1319,7 +1322,7 @@ card.record("k1_high_beta", high, format=".2f", unit="nats", tolerance=0.5, labe
 card.record("k3_high_beta", low, format=".2f", unit="nats", tolerance=0.5, label=f"KL by k3 at beta {betas[-1]:g}")
 
 # %% [markdown]
-# k1 and the stepwise estimate agree within their errors; the second needs both models' whole distributions and has the smaller error. k3 is low, {{k3_high_beta}} where k1 has {{k1_high_beta}} at the largest β, and its small standard error does not warn you. It is unbiased only because of replies that the policy hardly ever gives: its term $\pi_{ref} / \pi$ averages to 1, but most of that 1 sits on the flawed replies that training has just made rare, and that you therefore do not sample. What is missing is about the probability that the reference gives to the replies that have disappeared: up to one nat. That matters at two nats and not at fifty. k3 token by token, as GRPO uses it, suffers less, since a single token moves less than a reply.
+# k1 and the stepwise estimate agree within their errors; the second needs both models' whole distributions and has the smaller error. Compare k3 at the largest β: {{k3_high_beta}} where k1 has {{k1_high_beta}}. It is unbiased only thanks to replies that the policy hardly ever gives: its term $\pi_{ref} / \pi$ averages to 1, but a part of that 1 sits on the flawed replies that training has made rare. As a rule you do not sample them, and k3 reads low by about the probability that the reference gives to what has disappeared, with a small standard error that does not warn you. Once in a while you do sample one, and k3 reads high. The gap is at most about one nat when it reads low. That matters at two nats and not at fifty. Token by token, as GRPO uses it, k3 suffers less, since a single token moves less than a reply.
 #
 # ## What more training does
 #
@@ -1397,6 +1400,21 @@ formats = {
 }
 display(pd.DataFrame(rows, columns=columns).style.format(formats).hide(axis="index"))
 
+small_curve = curve_of(small)
+best = small_curve["win"].index(max(small_curve["win"]))
+for when, place in (("best", best), ("last", len(visited) - 1)):
+    what = f"at beta {betas[0]:g}, {when} checkpoint"
+    card.record(f"small_win_{when}", small_curve["win"][place], format=".1%", tolerance=0.1, label=f"win rate {what}")
+    card.record(
+        f"small_margin_{when}", small_curve["margin"][place], format=".0f", tolerance=40, unit="nats",
+        label=f"margin {what}",
+    )  # fmt: skip
+
+# %% [markdown]
+# At β = 0.05 the win rate is {{small_win_best}} at its best checkpoint and {{small_win_last}} at the last, while the held-out margin goes from {{small_margin_best}} to {{small_margin_last}}. The number that training reports grows as long as you train. It has to: the pairs can be told apart, so the loss always gains from a larger margin, and at this β it is not content before $2.9 / 0.05 = 58$ nats. The margin can only come from log-ratios, that is from distance to the reference. Almost all of it comes from the rejected replies, which are pushed towards probability zero; the mass that they lose goes wherever the weights let it, and no pair says where. The figure on the right shows where it went.
+#
+# When the chosen log-ratio is negative, even the *better* replies have become less likely (displacement; Pal et al., 2024; Razin et al., 2024). It is an early sign that mass goes to replies that are in no pair. It is no proof of harm, and the win rate can fall without it. So the alarms look at both.
+
 # %% [markdown]
 # ## Length, learned by accident
 #
@@ -1414,7 +1432,7 @@ display(pd.DataFrame(rows, columns=columns).style.format(formats).hide(axis="ind
 middle_beta = betas[len(betas) // 2]
 lopsided = [replies.confounded_pairs(part, longer=0.9, seed=seed) for part in train_questions]
 balanced = [replies.confounded_pairs(part, longer=0.5, seed=seed) for part in train_questions]
-checked = [replies.confounded_pairs(part, longer=0.5, seed=seed + 1) for part in tests]
+checked = [replies.confounded_pairs(part[:48], longer=0.5, seed=seed + 1) for part in tests]
 mean_tokens = (
     np.mean([len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in replies.encode(tokenizer, lopsided[0])]) / 2
 )
