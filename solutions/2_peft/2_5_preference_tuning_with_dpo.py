@@ -1490,6 +1490,9 @@ columns = ["pairs", "margin, longer chosen", "margin, shorter chosen", "idle sen
 formats = {columns[1]: "{:+.1f}", columns[2]: "{:+.1f}", columns[3]: "{:.0%}", columns[4]: "{:.1%}"}
 display(pd.DataFrame(rows, columns=columns).style.format(formats).hide(axis="index"))
 
+for key, place, what in (("margin_longer", 1, "longer"), ("margin_shorter", 2, "shorter")):
+    label = f"margin of the pairs as they come, {what} reply chosen"
+    card.record(key, rows[0][place], format="+.1f", tolerance=10, unit="nats", label=label)
 idle_reference = [curve[0].idle for curve in by_way["balanced"]]
 mean, low, high = mean_interval(idle_reference)
 card.record("idle_reference", mean, format=".0%", tolerance=0.1, label="the reference's replies with an idle sentence")
@@ -1501,6 +1504,10 @@ for key, name in (("idle_confounded", "as they come"), ("idle_token", "a token")
 
 # %% [markdown]
 # From {{idle_reference}} of the reference's replies, the share with an idle sentence goes to {{idle_confounded}} with the pairs as they come, to {{idle_token}} with the loss a token, and to {{idle_balanced}} with balanced pairs.
+#
+# Nothing in the first row of the table would worry a trainer: all labels are right, the loss falls, the margin grows. The two margins give it away. As the pairs come, the margin is {{margin_longer}} where the longer reply is the better one and {{margin_shorter}} where the shorter one is. "Begins like an idle sentence" is the easiest thing to see in these pairs, easier than reading the passage, and the loss takes what is easiest.
+#
+# What helps is the data. In balanced pairs length predicts nothing, so nothing is gained by it. A loss a token changes how much a sentence of fifteen tokens can earn compared with an answer of four; it cannot know which of the two your raters meant, and it changes everything else about lengths as well. Look at all three panels before you prefer it. What the figure does not show: real raters do like some long answers for good reasons, and then balancing throws a true preference away. Park et al. (2024) penalise the length difference inside the loss instead, and choose the size of the penalty on held-out judgements.
 #
 # ## Decide: how far do you go?
 #
@@ -1724,6 +1731,12 @@ card.record(
 card.record("kl_end", rows[-1][-1], format=".0f", tolerance=100.0, label="its KL from the reference", unit="nats")
 
 # %% [markdown]
+# With a budget of {{kl_budget}} nats your rule ships {{win_after}} on the test half, at {{kl_after}} of KL; the smallest β trained to the end has {{win_end}} at {{kl_end}}. Three things to take from the table:
+#
+# - **Compare the columns validation and test.** The chosen checkpoint is the best of many, so its validation number contains luck. The test half does not know the choice.
+# - **β is no budget.** It scales the loss, and with pairs that can be told apart the KL grows with every step at every β. If a limit of KL matters, measure the KL and stop there.
+# - **The intervals are wide.** Three runs say which rules are bad, not which of two good ones is better. When they overlap, take the cheaper one: fewer steps, less KL.
+#
 # ## With a real model
 #
 # Names, template and sizes are read from the model, so the lesson runs with any causal language model that has a chat template:
