@@ -1774,7 +1774,7 @@ card.show()
 #
 # <details><summary>Your raters prefer long answers. How do you notice, and what do you do?</summary>
 #
-# Notice: plot reply length next to the win rate; split held-out pairs by which reply is longer and compare the margins. Here pairs with the longer reply better in 90 % raised the share of idle replies from {{idle_reference}} to {{idle_confounded}}, with all labels right. Do: balance or reweight the pairs by length ({{idle_balanced}} here), since a confounded data set cannot tell what raters meant; a length-normalised loss ({{idle_token}}) changes how strongly length pays, not what the data say. And judge with a length-controlled win rate.
+# Notice: plot reply length next to the win rate; split held-out pairs by which reply is longer and compare the margins. Here, pairs whose better reply was the longer one in 90 % took the share of replies with an idle sentence from {{idle_reference}} to {{idle_confounded}}, with all labels right. Do: balance or reweight the pairs by length ({{idle_balanced}} here), since a confounded data set cannot tell what raters meant; a length-normalised loss ({{idle_token}}) changes how strongly length pays, not what the data say. And judge with a length-controlled win rate.
 # </details>
 
 # %% [markdown]
