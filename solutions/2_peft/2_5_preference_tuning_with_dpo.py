@@ -64,7 +64,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from labkit import adapters, base_model, replies, triage
-from labkit.plots import COLOURS, label_lines, use_house_style
+from labkit.plots import COLOURS, direct_label, label_lines, use_house_style
 from labkit.predict import compare
 from labkit.results import ResultCard
 from labkit.world import LESSON_SEEDS, Preference, World
@@ -1275,16 +1275,16 @@ shades = dict(zip(betas, (COLOURS.other, COLOURS.after, COLOURS.library), strict
 fig, ax = plt.subplots(figsize=(7.5, 4.2))
 best_kl, best_win = frontier(reference_grades)
 furthest = max(max(nats(point) for point in curve) for curves in found.values() for curve in curves)
-ax.plot(
-    [*best_kl, max(furthest, best_kl[-1])], [*best_win, best_win[-1]], color=COLOURS.truth, lw=1.5, label="the frontier"
-)
-for beta, curves in found.items():
+ax.plot([*best_kl, max(furthest, best_kl[-1])], [*best_win, best_win[-1]], color=COLOURS.truth, lw=1.5)
+direct_label(ax, best_kl[-1], best_win[-1], "the frontier", COLOURS.truth, offset=(10, -14))
+for (beta, curves), below in zip(found.items(), (-4, -14, 10), strict=False):
     for curve in curves:
         ax.plot(
             [nats(point) for point in curve], [wins(point) for point in curve], color=shades[beta], lw=0.8, alpha=0.5
         )
     middle = [(np.mean([nats(p) for p in at]), np.mean([wins(p) for p in at])) for at in zip(*curves, strict=True)]
-    ax.plot(*zip(*middle, strict=True), "o-", color=shades[beta], ms=5, label=f"β = {beta:g}")
+    ax.plot(*zip(*middle, strict=True), "o-", color=shades[beta], ms=5)
+    direct_label(ax, *middle[-1], f"β = {beta:g}", shades[beta], offset=(6, below))
 ax.axhline(0.5, color=COLOURS.before, lw=1, ls="--")
 ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
 ax.set_xlim(left=0)
@@ -1294,7 +1294,6 @@ ax.set(
     xlabel="KL from the reference (nats a reply, square-root scale)", ylabel="win rate against the reference",
     title="What a nat of KL buys",
 )  # fmt: skip
-label_lines(ax)
 plt.show()
 card.record("replies_a_point", runs * test_questions, format="d", label="sampled replies behind each point")
 
