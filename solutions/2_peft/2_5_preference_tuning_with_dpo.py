@@ -14,7 +14,7 @@
 #
 # A support assistant answers correctly but insults every fifth customer. You cannot write the one right answer to each ticket, but you can say which of two replies is better. Pairs are what feedback buttons and reviewers give you, and DPO turns them into weights without a reward model and without sampling in the loop.
 #
-# It fails quietly. The loss falls, the margin rises, the accuracy on held-out pairs is near 100 %, and the model that comes out rambles, or no longer answers. None of the numbers that a trainer logs by default can tell you.
+# It fails quietly. The loss falls, the margin rises, the accuracy on held-out pairs climbs, and the model that comes out rambles, or no longer answers. What a trainer logs by default is measured on the pairs; it does not show what the model says.
 #
 # In interviews you derive the loss from the KL-constrained objective. Then: "The log-probability of the chosen replies falls while you train. Is that a bug?" And: "Your raters prefer long answers. What do you do?"
 
@@ -716,12 +716,12 @@ def lengths(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def fit(
-    policy: PeftModel, data: Iterator[dict[str, Tensor]], beta: float, *, until: int = steps, a_token: bool = False,
+    policy: PeftModel, data: Iterator[dict[str, Tensor]], beta: float, *, until: int = steps, per_token: bool = False,
     visit: Callable[[int], None] = lambda step: None, label: str = "DPO",
 ) -> list[float]:  # fmt: skip
     """Train the adapter with DPO; call `visit` after each step; return the losses.
 
-    With `a_token`, log-ratios are divided by the reply's number of tokens.
+    With `per_token`, log-ratios are divided by the reply's number of tokens.
     """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
@@ -730,7 +730,7 @@ def fit(
     for step in tqdm(range(1, until + 1), desc=label, leave=False):
         batch = next(data)
         reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).to(device)
-        logps, size = reply_logps(policy, batch), lengths(batch) if a_token else 1
+        logps, size = reply_logps(policy, batch), lengths(batch) if per_token else 1
         loss = dpo_loss(logps / size, reference / size, beta).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -1168,7 +1168,7 @@ def alarms(curve):
 #
 # Three values of β, three runs each, on clean pairs. Each run has a company of its own for its pairs, and another for the questions on which it is measured. For all β, a run has the same pairs in the same order and the same start.
 #
-# How good can a policy be at a given KL? Here you can say exactly. Let $q_g$ be the share of grade $g$ among the reference's replies and $p_g$ among the policy's. The win rate depends on $p$ alone, and $\mathrm{KL}(\pi \| \pi_{ref}) \geq \sum_g p_g \log \frac{p_g}{q_g}$, because grading is a function of the reply (data processing inequality; averaging over questions keeps it, as KL is convex). The best $p$ for its KL tilts $q$ towards grades that win, $p_g \propto q_g\, e^{\lambda w_g}$ with $w_g$ the win rate of grade $g$. This is the frontier: no policy is above it. To put all the mass on what the reference does with probability $q_3$ costs only $\log \frac{1}{q_3}$ nats.
+# How good can a policy be at a given KL? Here you can say exactly. Let $q_g$ be the share of grade $g$ among the reference's replies and $p_g$ among the policy's. The win rate depends on $p$ alone, and $\mathrm{KL}(\pi \| \pi_{ref}) \geq \sum_g p_g \log \frac{p_g}{q_g}$, because grading is a function of the reply (data processing inequality; averaging over questions keeps it, as KL is convex). The best $p$ for its KL tilts $q$ towards grades that win, $p_g \propto q_g\, e^{\lambda w_g}$ with $w_g$ the win rate of grade $g$. This is the frontier: but for the noise of the sample, no policy is above it. To put all the mass on what the reference does with probability $q_3$ costs only $\log \frac{1}{q_3}$ nats.
 
 
 # %%
@@ -1228,7 +1228,7 @@ def observe(policy: PeftModel, run: int, step: int, held_out: Sequence[dict[str,
 
 def train(
     run: int, pairs: Sequence[Preference], held_out: Sequence[Preference], beta: float, *, visits: int,
-    a_token: bool = False, label: str = "DPO",
+    per_token: bool = False, label: str = "DPO",
 ) -> list[Point]:  # fmt: skip
     """One run of DPO, measured before the first step and at `visits` checkpoints; the last is after the last step."""
     policy = attach(seed + run)
@@ -1241,7 +1241,7 @@ def train(
         if step in at:
             points.append(observe(policy, run, step, others))
 
-    fit(policy, batches(rows, seed + run), beta, a_token=a_token, visit=visit, label=label)
+    fit(policy, batches(rows, seed + run), beta, per_token=per_token, visit=visit, label=label)
     policy.unload()
     return points
 
@@ -1410,7 +1410,7 @@ for when, place in (("best", best), ("last", len(visited) - 1)):
     )  # fmt: skip
 
 # %% [markdown]
-# At β = 0.05 the win rate is {{small_win_best}} at its best checkpoint and {{small_win_last}} at the last, while the held-out margin goes from {{small_margin_best}} to {{small_margin_last}}. The number that training reports grows as long as you train. It has to: the pairs can be told apart, so the loss always gains from a larger margin, and at this β it is not content before $2.9 / 0.05 = 58$ nats. The margin can only come from log-ratios, that is from distance to the reference. Almost all of it comes from the rejected replies, which are pushed towards probability zero; the mass that they lose goes wherever the weights let it, and no pair says where. The figure on the right shows where it went.
+# At β = 0.05 the win rate is {{small_win_best}} at its best checkpoint and {{small_win_last}} at the last, while the held-out margin goes from {{small_margin_best}} to {{small_margin_last}}. The number that training reports grows as long as you train. It has to: the pairs can be told apart, so the loss always gains from a larger margin, and at this β it is not content before $2.9 / 0.05 = 58$ nats. The margin can only come from log-ratios, that is from distance to the reference. On the left you see how much of it comes from the rejected replies, which are pushed towards probability zero; the mass that they lose goes wherever the weights let it, and no pair says where. On the right you see where it went.
 #
 # When the chosen log-ratio is negative, even the *better* replies have become less likely (displacement; Pal et al., 2024; Razin et al., 2024). It is an early sign that mass goes to replies that are in no pair. It is no proof of harm, and the win rate can fall without it. So the alarms look at both.
 
@@ -1422,7 +1422,7 @@ for when, place in (("best", best), ("last", len(visited) - 1)):
 # Three ways to train on the same questions:
 #
 # - **as they come**: 90 % longer;
-# - **a token**: the same pairs, each log-ratio divided by the reply's number of tokens, with β multiplied by the mean number. `trl` has it as `loss_type="sigmoid_norm"`;
+# - **per token**: the same pairs, each log-ratio divided by the reply's number of tokens, with β multiplied by the mean number. `trl` has it as `loss_type="sigmoid_norm"`;
 # - **balanced**: the idle sentence in the better reply in half of the pairs.
 #
 # The margin is measured on balanced pairs that were held out, on those with the longer reply chosen and on those with the shorter one apart. A policy that has learned quality alone has the same margin on both.
@@ -1437,7 +1437,7 @@ mean_tokens = (
 )
 ways = {
     "as they come": (lopsided, {"beta": middle_beta}),
-    "a token": (lopsided, {"beta": middle_beta * mean_tokens, "a_token": True}),
+    "per token": (lopsided, {"beta": middle_beta * mean_tokens, "per_token": True}),
     "balanced": (balanced, {"beta": middle_beta}),
 }
 by_way = {
@@ -1448,7 +1448,7 @@ print(lopsided[0][0].chosen, "\n   is better than\n", lopsided[0][0].rejected)
 
 # %%
 is_longer = [np.array([len(one.chosen) > len(one.rejected) for one in part]) for part in checked]
-colours = {"as they come": COLOURS.wrong, "a token": COLOURS.library, "balanced": COLOURS.after}
+colours = {"as they come": COLOURS.wrong, "per token": COLOURS.library, "balanced": COLOURS.after}
 panels: dict[str, Callable[[Point], float]] = {
     "replies with an idle sentence": lambda point: point.idle,
     "margin on held-out pairs (nats)": lambda point: float((point.chosen - point.rejected).mean()),
@@ -1495,18 +1495,18 @@ for key, place, what in (("margin_longer", 1, "longer"), ("margin_shorter", 2, "
 idle_reference = [curve[0].idle for curve in by_way["balanced"]]
 mean, low, high = mean_interval(idle_reference)
 card.record("idle_reference", mean, format=".0%", tolerance=0.1, label="the reference's replies with an idle sentence")
-for key, name in (("idle_confounded", "as they come"), ("idle_token", "a token"), ("idle_balanced", "balanced")):
+for key, name in (("idle_confounded", "as they come"), ("idle_token", "per token"), ("idle_balanced", "balanced")):
     mean, low, high = mean_interval([curve[-1].idle for curve in by_way[name]])
     card.record(
         key, mean, format=".0%", low=low, high=high, tolerance=0.1, label=f"with an idle sentence, pairs {name}"
     )
 
 # %% [markdown]
-# From {{idle_reference}} of the reference's replies, the share with an idle sentence goes to {{idle_confounded}} with the pairs as they come, to {{idle_token}} with the loss a token, and to {{idle_balanced}} with balanced pairs.
+# From {{idle_reference}} of the reference's replies, the share with an idle sentence goes to {{idle_confounded}} with the pairs as they come, to {{idle_token}} with the per-token loss, and to {{idle_balanced}} with balanced pairs.
 #
 # Nothing in the first row of the table would worry a trainer: all labels are right, the loss falls, the margin grows. The two margins give it away. As the pairs come, the margin is {{margin_longer}} where the longer reply is the better one and {{margin_shorter}} where the shorter one is. "Begins like an idle sentence" is the easiest thing to see in these pairs, easier than reading the passage, and the loss takes what is easiest.
 #
-# What helps is the data. In balanced pairs length predicts nothing, so nothing is gained by it. A loss a token changes how much a sentence of fifteen tokens can earn compared with an answer of four; it cannot know which of the two your raters meant, and it changes everything else about lengths as well. Look at all three panels before you prefer it. What the figure does not show: real raters do like some long answers for good reasons, and then balancing throws a true preference away. Park et al. (2024) penalise the length difference inside the loss instead, and choose the size of the penalty on held-out judgements.
+# What helps is the data. In balanced pairs length predicts nothing, so nothing is gained by it. A per-token loss changes how much a sentence of fifteen tokens can earn compared with an answer of four; it cannot know which of the two your raters meant, and it changes everything else about lengths as well. Look at all three panels before you prefer it. What the figure does not show: real raters do like some long answers for good reasons, and then balancing throws a true preference away. Park et al. (2024) penalise the length difference inside the loss instead, and choose the size of the penalty on held-out judgements.
 #
 # ## Decide: how far do you go?
 #
@@ -1738,7 +1738,7 @@ card.record("kl_end", rows[-1][-1], format=".0f", tolerance=100.0, label="its KL
 #
 # ## With a real model
 #
-# Names, template and sizes are read from the model, so the lesson runs with any causal language model that has a chat template:
+# Names and sizes are read from the model and the prompts are plain text, so the lesson runs with any causal language model:
 #
 # ```
 # course run 2.5 -p model_id Qwen/Qwen3-0.6B -p device cuda -p sft_rate 1e-5 -p learning_rate 2e-5 -p longest_prompt 80 -p steps 100
@@ -1749,7 +1749,7 @@ card.record("kl_end", rows[-1][-1], format=".0f", tolerance=100.0, label="its KL
 # - **Rates and β.** Learning rates of 1e-6 (all weights; `trl`'s default) to 5e-5 (adapters) with β = 0.1 to 0.5 are usual, for one epoch. Real replies have hundreds of tokens, so the same margin is a smaller change of each.
 # - **The judge.** No exact grades. A stronger model compares two replies, in both orders, since judges favour the first one and the longer one; report length-controlled win rates (Dubois et al., 2024), and keep a set of human judgements to validate the judge.
 # - **Pairs on policy.** The frontier is reached by moving probability between replies that the policy gives. Pairs written by other models are off its distribution and displace more; sample both replies from your reference and let the judge order them (Guo et al., 2024).
-# - **The template.** `DPOTrainer` finds the reply as what follows the common beginning of the tokenized prompt and of the whole chat, and warns where they diverge. With templates that add something to the assistant's turn (thinking tags), compare its tokens with yours before you trust parity.
+# - **The template.** An instruct model wants its chat template: give `DPOTrainer` lists of messages in place of the texts, and sample with the same template. The trainer finds the reply as what follows the common beginning of the tokenized prompt and of the whole chat, and warns where they diverge, as they do with templates that add thinking tags to the assistant's turn.
 # - **Memory.** Policy and reference share the weights, through the disabled adapter. Activations are for two replies a pair; `precompute_ref_log_probs=True` saves the reference's forward pass in every step.
 
 # %% [markdown]
