@@ -910,34 +910,35 @@ def token_loss(model, batches):
 
 
 # %%
-def value_spans(answer: str, triage_fields: Mapping[str, object]) -> list[tuple[int, int]]:
+def value_spans(answer: str) -> list[tuple[int, int]]:
     """Where each field's value stands in the answer's text, as [start, end) in characters."""
-    starts = [answer.index(f'"{name}":') + len(f'"{name}":') for name in triage_fields]
-    ends = [answer.index(f', "{name}":', start) for name, start in zip(list(triage_fields)[1:], starts, strict=False)]
+    starts = [answer.index(f'"{name}":') + len(f'"{name}":') for name in triage.FIELDS]
+    ends = [answer.index(f', "{name}":') for name in triage.FIELDS[1:]]
     return list(zip(starts, [*ends, len(answer) - 1], strict=True))
 
 
 @torch.no_grad()
-def right_fields(model: nn.Module, tickets: list) -> np.ndarray:
-    """Which fields of which tickets are right, (tickets, 4) bool."""
-    examples = triage.encode(tokenizer, tickets)
-    found = np.zeros((len(tickets), len(triage.FIELDS)), dtype=bool)
-    for start in range(0, len(examples), 32):
-        part = examples[start : start + 32]
-        batch = triage.collate(part).to(device)
-        kept = batch.labels.shape[1] - min(len(example.prompt) for example in part) + 1
-        output = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=kept, use_cache=False
-        )
-        hit = (output.logits[:, -kept:-1].argmax(-1) == batch.labels[:, 1 - kept :]).cpu().numpy()
-        for row, (example, ticket) in enumerate(zip(part, tickets[start : start + 32], strict=True)):
+def right_answers(model: nn.Module, tickets: list) -> tuple[np.ndarray, np.ndarray]:
+    """Which answers are right as a whole, (tickets,) bool, and which fields, (tickets, 4) bool."""
+    exact, fields = np.zeros(len(tickets), bool), np.zeros((len(tickets), len(triage.FIELDS)), bool)
+    for start in range(0, len(tickets), 32):
+        part = tickets[start : start + 32]
+        examples = triage.encode(tokenizer, part)
+        batch = triage.collate(examples).to(device)
+        shortest = min(len(example.prompt) for example in examples)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        kept = batch.labels.shape[1] - shortest + 1  # from the position before the first answer
+        likeliest = model(**inputs, logits_to_keep=kept, use_cache=False).logits.argmax(-1)
+        hit = (likeliest[:, :-1] == batch.labels[:, shortest:]).cpu().numpy()
+        for row, (example, ticket) in enumerate(zip(examples, part, strict=True)):
+            first = len(example.prompt) - shortest
+            exact[start + row] = hit[row, first : first + len(example.answer)].all()
             text = ticket.triage.to_json()
             places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-            first = len(example.prompt) - (batch.labels.shape[1] - kept + 1)  # of the answer, among what was kept
-            for column, (low, high) in enumerate(value_spans(text, dict.fromkeys(triage.FIELDS))):
-                inside = [first + at for at, (left, right) in enumerate(places) if left < high and right > low]
-                found[start + row, column] = hit[row, inside].all()
-    return found
+            for column, (low, high) in enumerate(value_spans(text)):
+                inside = [first + at for at, (begin, end) in enumerate(places) if begin < high and end > low]
+                fields[start + row, column] = hit[row, inside].all()
+    return exact, fields
 
 
 def ticket_batches(tickets: list) -> list[triage.Batch]:
@@ -1066,9 +1067,9 @@ for company in range(seed + 1, seed + 1 + runs):
     own_batches = ticket_batches(tickets)
     for method in methods:
         model = train(method, company, rate_of[method], steps)
-        hits = right_fields(model, tickets)
+        exact, fields = right_answers(model, tickets)
         row = {"method": method, "company": company, "loss": token_loss(model, own_batches)}
-        row |= {"fields": hits.mean(), "exact": hits.all(axis=1).mean()}
+        row |= {"fields": fields.mean(), "exact": exact.mean()}
         rows.append(row | {"forgets": token_loss(model, stream) - base_stream})
 results = pd.DataFrame(rows)
 
