@@ -1056,7 +1056,7 @@ gain = at_common[worst] - tuned[worst] if math.isfinite(at_common[worst]) else 0
 card.record("largest_gain", gain, format=".2f", label="most that an own rate gains", unit="nats", tolerance=0.3)
 
 # %% [markdown]
-# The chosen rates reach from {{rate_lowest}} to {{rate_highest}}. With LoRA's rate for everybody, {{moved}} of the seven methods stand at another place of the ranking than with a rate of their own, and the largest gain from an own rate is {{largest_gain}} a token. So a table with one rate for all measures, in good part, whose rate it was.
+# The chosen rates reach from {{rate_lowest}} to {{rate_highest}}. With LoRA's rate for everybody, {{moved}} of the seven methods stand at another place of the ranking than with a rate of their own, and the largest gain from an own rate is {{largest_gain}} a token. That much of a table with one rate for all isn't about the methods.
 #
 # A "yes" under *at an edge* says that the walk ended before it got worse: that method's best rate isn't known, and the honest reading of its result is a bound. All this is one company and one start; the search picks the rate and its losses are then thrown away.
 #
@@ -1266,7 +1266,7 @@ def pareto_front(points, better):
 
 
 # %% [markdown]
-# The front in two projections, each a question that a customer asks: how much quality for how many bytes, and how much quality for how much forgetting. A filled point is on the front of *its* panel.
+# The front in two projections, each a question that a customer asks: how much quality for how many bytes, and how much quality for how much forgetting. A filled point is on the front of *its* panel; the dotted line is the base model before any training.
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
@@ -1286,6 +1286,8 @@ for ax, (column, points) in zip(axes, panels.items(), strict=True):
         if method not in fronts[column]:
             ax.plot(x, y, "o", ms=4, color="white", zorder=5)
         direct_label(ax, x, y, method, colour, offset=(7, 5))
+for ax in axes:
+    ax.axhline(fields_base, color=COLOURS.before, lw=1, ls=":", zorder=0)
 axes[0].set_xscale("log")
 axes[0].set(xlabel="file on disk (KiB)", ylabel="fields right", title="Quality for bytes")
 axes[1].set(xlabel="forgetting (nats a token)", title="Quality for forgetting")
