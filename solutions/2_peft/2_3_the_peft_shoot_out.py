@@ -3,7 +3,7 @@
 #
 # You will be able to compare finetuning methods so that the result survives a hostile reader: sizes counted first, each method at its own learning rate, differences paired by run, forgetting measured, and a choice that follows from stated limits.
 #
-# **You will measure.** Seven methods of `peft` after the same {{steps_each}} steps. Fields of a ticket's triage right: {{fields_full}} with full finetuning, {{fields_lora}} with LoRA, {{fields_prefix}} with a prefix of the same number of weights, {{fields_ia3}} with IA3. What it costs in forgetting: {{forgets_full}}, {{forgets_lora}}, {{forgets_prefix}} and {{forgets_ia3}} of loss on the text that the model came from.
+# **You will measure.** Seven methods of `peft` after the same {{steps_each}} steps. Fields of a ticket's triage right: {{fields_base}} before, {{fields_full}} with full finetuning, {{fields_lora}} with LoRA, {{fields_prefix}} with a prefix of the same number of weights, {{fields_ia3}} with IA3. What it costs in forgetting: {{forgets_full}}, {{forgets_lora}}, {{forgets_prefix}} and {{forgets_ia3}} of loss on the text that the model came from.
 #
 # **You need.** Lessons 1.1 (seeds, intervals, pairs), 2.1 (what LoRA computes) and 2.2 (budgets, learning rates).
 #
@@ -910,7 +910,7 @@ def token_loss(model, batches):
 # %% [markdown]
 # The same function measures the task and the forgetting: on tickets only the answer counts, on documents of the kind the model was pretrained on every token does.
 #
-# Whether an answer is right can be read from the same pass. Greedy decoding writes the right answer exactly if, given the right beginning, every next token is the most likely one; so no text has to be generated. A *field* counts as right if all tokens of its value are the most likely ones, given the right text before them. That is a milder test than generating, where one wrong field may derail the next, and it is the same for all methods.
+# Whether an answer is right can be read from the same pass. Greedy decoding writes the right answer exactly if, given the right beginning, every next token is the most likely one; so no text has to be generated. A *field* counts as right if all tokens of its value are the most likely ones, given the right text before them. That is a milder test than generating, where one wrong field may derail the next, and it is the same for all methods. It also has a floor above zero: the base model, which has never seen the format, gets {{fields_base}} of the fields right, because after `"product": ` it can copy the name from the ticket.
 
 
 # %%
