@@ -1147,7 +1147,7 @@ for method, key in keys.items():
 #
 # What the figure doesn't show: what happens with ten times the steps. With few steps, methods that learn slowly look worse than they are; a prompt needs many more. This table is about *this* budget of tokens, as every such table is.
 #
-# The right side is the column that most tables lack. The stream is text of the kind the model was pretrained on; nobody trained it to keep that. An adapter can be switched off, and then all its forgetting is gone; full finetuning, or a merged adapter without its file, can't.
+# The right side is the column that most tables lack. The stream is text of the kind the model was pretrained on; nobody trained it to keep that. The adapter is on while it is measured. An adapter can be switched off, and then all its forgetting is gone; full finetuning, or a merged adapter without its file, can't.
 #
 # ## The front
 #
@@ -1335,9 +1335,7 @@ my_slack = None
 my_reason = ""
 ### BEGIN SOLUTION
 my_slack = 0.03
-my_reason = (
-    "LoRA and its control rsLoRA differ by a few points of fields, so smaller differences are no ground for more bytes."
-)
+my_reason = "Three points are less than the width of LoRA's own interval of the fields: no ground for more bytes."
 ### END SOLUTION
 
 
