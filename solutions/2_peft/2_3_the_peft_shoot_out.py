@@ -73,7 +73,7 @@ card.record("steps_each", steps, format="d", label="training steps of each run")
 # %% [markdown]
 # ## Seven methods, counted
 #
-# Where does each put its trained numbers? Notation: a frozen weight is $W \in \mathbb{R}^{d_{out} \times d_{in}}$; the model has $n$ blocks of width $d$, and in each block keys and values are $d_{kv}$ wide (key-value heads times head size).
+# Where does each put its trained numbers? Notation: a frozen weight is $W \in \mathbb{R}^{d_{out} \times d_{in}}$; the model has width $d$, and in each block keys and values are $d_{kv}$ wide (key-value heads times head size).
 #
 # | method | what is trained |
 # |---|---|
@@ -101,11 +101,11 @@ class Sizes:
 
 
 # %% [markdown]
-# Equal budgets are the first wish of a comparison, and not every method can grant it. LoRA, DoRA and the prefix have a size to choose, full finetuning and IA3 have only their natural one, and a prompt grows with the *context it eats*.
+# Equal budgets are the first wish of a comparison, and not every method can grant it. LoRA, DoRA and the prefix have a size to choose, full finetuning and IA3 have only their natural one, and a prompt of LoRA's size would take much of the context.
 #
 # **Exercise.** Two things.
 #
-# 1. *Predict*: training on IA3's vectors instead of LoRA's factors of rank 4, by which factor are fewer numbers trained? `predicted_factor` is at least 1; it is graded for being a number in range.
+# 1. *Predict*: training on IA3's vectors instead of LoRA's factors of rank 4, by which factor are fewer numbers trained? `predicted_factor` is at least 1 (20 for a twentieth); it is graded for being a number in range.
 # 2. `trained_numbers(method, size, model)` returns how many numbers a method trains, as an `int`. `size` is the rank for `"LoRA"`, `"rsLoRA"` and `"DoRA"`, the number of virtual tokens $v$ for `"prompt"` and `"prefix"`, and is ignored for `"full"` and `"IA3"`. `model` is a `Sizes`, defined above: all that has to be known about a model. *About 12 lines.*
 #
 # With `Sizes(parameters=100, linear=[(6, 4), (4, 4)], scaled_outputs=[(6, 4)], scaled_inputs=[(4, 3)], width=4, blocks=2, kv_width=3)`: full 100; LoRA of rank 2 has 36, DoRA 46; IA3 has 9; a prompt of 5 has 20, a prefix of 5 has 60.
@@ -455,7 +455,7 @@ for method, key in (("LoRA", "lora"), ("DoRA", "dora"), ("prompt", "prompt"), ("
 # Every count agrees with `peft`'s to the last number. Three columns deserve a second look:
 #
 # - *Operations.* Unmerged, LoRA adds {{flops_lora}} and DoRA {{flops_dora}}, since `peft` computes the norm of the updated rows anew in every pass. IA3 multiplies elementwise, which this counter doesn't see. A prompt lengthens every ticket ({{flops_prompt}}); a prefix is attended to but not computed ({{flops_prefix}}). At a model's real width, LoRA's share is far smaller: it falls like $r/d$.
-# - *Merges.* "No" is for ever: the virtual tokens' keys and values sit in the cache of every request that is being served.
+# - *Merges.* What can't be merged stays a cost of every request: the virtual tokens' keys and values sit in its cache as long as it is served.
 # - *rsLoRA* has LoRA's row. At one rank it *is* LoRA with the scale times $\sqrt r$. It stays in the field as a control: a fair protocol should find no large difference between the two.
 #
 # ## A rate for each method
@@ -1153,7 +1153,7 @@ for method, key in keys.items():
         card.record(f"gap_{key}", mean, format="+.3f", low=low, high=high, label=label, unit="nats", tolerance=0.15)
 
 # %% [markdown]
-# Ticks are companies, points their mean, bars the 95 % interval. Against LoRA, in loss: full {{gap_full}} ({{gap_full:interval}}), DoRA {{gap_dora}} ({{gap_dora:interval}}), the prefix {{gap_prefix}} ({{gap_prefix:interval}}), IA3 {{gap_ia3}} ({{gap_ia3:interval}}), the prompt {{gap_prompt}} ({{gap_prompt:interval}}). The control, rsLoRA, differs by {{gap_rslora}} ({{gap_rslora:interval}}): LoRA with another scale and a rate from the same search. Take the size of that difference as the resolution of the whole instrument. A gap no larger than it says nothing about methods.
+# Ticks are companies, points their mean, bars the 95 % interval. Against LoRA, in loss: full {{gap_full}} ({{gap_full:interval}}), DoRA {{gap_dora}} ({{gap_dora:interval}}), the prefix {{gap_prefix}} ({{gap_prefix:interval}}), IA3 {{gap_ia3}} ({{gap_ia3:interval}}), the prompt {{gap_prompt}} ({{gap_prompt:interval}}). The control, rsLoRA, differs by {{gap_rslora}} ({{gap_rslora:interval}}): the same method with another scale and a rate from the same search, so what is left between them is the coarseness of the search and the luck of the runs. Take its size as the resolution of the whole instrument: a gap no larger than it says nothing about methods, even where its own interval excludes zero.
 #
 # In forgetting, the two differ by {{forget_gap_rslora}} ({{forget_gap_rslora:interval}}), although they are one method. Keep that in mind for the right side.
 #
@@ -1637,7 +1637,7 @@ print("your reason:", my_reason)
 #
 # Look at the quality too, and not at the regret alone: what the limits leave to the assistant has {{quality_assistant}} of the fields right, where the base model has {{fields_base}}. If that isn't worth shipping, the right answer to this customer isn't a method of this table: it is to ask for another limit, or to search LoRA's rate again with forgetting in the target.
 #
-# If the three choices in the row of a customer agree, the decision is stable against the draw of companies. If not, the table isn't decisive at your slack, and the honest report says so and names the cheaper one.
+# If the three choices in the row of a customer agree, the decision doesn't hang on one company. If not, the table isn't decisive at your slack, and the honest report says so and names the cheaper one.
 
 # %% [markdown]
 # ## With a real model
@@ -1654,13 +1654,14 @@ print("your reason:", my_reason)
 # - **Forgetting.** The stream is what the *shipped* model was pretrained on. For yours, measure on text of its own kind: a held-out part of an instruction set, and the benchmarks your users notice.
 # - **Full finetuning** needs about 16 bytes a parameter in mixed precision and a copy of the model for every run; leave it out where it doesn't fit, and say so in the table.
 # - **Operations.** LoRA's unmerged share falls with the width; what remains is latency, since small products don't fill a GPU.
-# - **Cost.** {{trainings}} trainings here, of which more than half search for rates. On a GPU they are independent jobs: 2.2's sweep runs them.
+# - **Cost.** {{trainings}} trainings here, {{searched}} of them to find the rates. On a GPU they are independent jobs: 2.2's sweep runs them.
 
 # %% [markdown]
 # ## Result card
 
 # %%
-searched = sum(len(trials) for trials in searches.values())
+searched = sum(len(trials) for trials in forgot.values())
+card.record("searched", searched, format="d", label="trainings to find the rates", tolerance=10)
 card.record("trainings", searched + runs * len(methods), format="d", label="trainings in all", tolerance=10)
 card.show()
 
