@@ -105,7 +105,7 @@ class Sizes:
 #
 # **Exercise.** Two things.
 #
-# 1. *Predict*: training on IA3's vectors instead of LoRA's factors of rank 4, by which factor are fewer numbers trained? `predicted_factor` is at least 1 (20 for a twentieth); it is graded for being a number in range.
+# 1. *Predict*: training on IA3's vectors instead of LoRA's factors of rank 4, by which factor are fewer numbers trained? `predicted_factor` is at least 1 (7 for a seventh); it is graded for being a number in range.
 # 2. `trained_numbers(method, size, model)` returns how many numbers a method trains, as an `int`. `size` is the rank for `"LoRA"`, `"rsLoRA"` and `"DoRA"`, the number of virtual tokens $v$ for `"prompt"` and `"prefix"`, and is ignored for `"full"` and `"IA3"`. `model` is a `Sizes`, defined above: all that has to be known about a model. *About 12 lines.*
 #
 # With `Sizes(parameters=100, linear=[(6, 4), (4, 4)], scaled_outputs=[(6, 4)], scaled_inputs=[(4, 3)], width=4, blocks=2, kv_width=3)`: full 100; LoRA of rank 2 has 36, DoRA 46; IA3 has 9; a prompt of 5 has 20, a prefix of 5 has 60.
@@ -143,7 +143,7 @@ assert isinstance(predicted_factor, (int, float, np.number)), (
     f"Predict with a number: set predicted_factor, now {predicted_factor!r}"
 )
 assert 1 <= predicted_factor < 1e6, (
-    f"predicted_factor says how many times fewer, so it is at least 1 (20 for a twentieth), not {predicted_factor}"
+    f"predicted_factor says how many times fewer, so it is at least 1 (7 for a seventh), not {predicted_factor}"
 )
 
 # %% check="count" points=2
