@@ -49,6 +49,8 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import display
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, NullLocator
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from scipy import stats
 from torch import Tensor, nn
@@ -1009,6 +1011,15 @@ styles = {
     "prompt": (COLOURS.library, "--"),
     "prefix": (COLOURS.library, "-"),
 }
+
+
+def plain_log(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers at 1, 2 and 5 of each decade."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+
+
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=[1.35, 1])
 for method in methods:
     colour, style = styles[method]
@@ -1020,11 +1031,14 @@ for method in methods:
     )
 left.set_xscale("log")
 left.set_yscale("log")
-left.set(xlabel="learning rate", ylabel="validation loss (nats a token)", title="Each walks to its rate (ring)")
-for ax in (left, right):
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:.1g}")
+left.set(
+    xlabel="learning rate",
+    ylabel="validation loss (nats a token)",
+    title="Each walks to its rate (ring); lines as on the right",
+)
 right.set_yscale("log")
+for ax in (left, right):
+    plain_log(ax.yaxis)
 right.set_xticks([0, 1], [f"LoRA's rate\n{common:.2g}", "each its own"])
 right.set(xlim=(-0.15, 1.15), title="What tuning does to the ranking")
 right.grid(axis="x", visible=False)
@@ -1187,8 +1201,7 @@ for method in methods:
             color=colour,
         )
 ax.set_xscale("log")
-ax.xaxis.set_major_formatter("{x:g}")
-ax.xaxis.set_minor_formatter("{x:.1g}")
+plain_log(ax.xaxis)
 ax.set(xlabel="validation loss of the task (nats a token)", ylabel="forgetting (nats a token)")
 ax.set_title("Each method's search: rings are chosen, arrowheads the highest rate")
 ax.margins(x=0.12)
