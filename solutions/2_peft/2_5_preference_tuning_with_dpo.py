@@ -26,9 +26,9 @@ sft_rate = 1.5e-3  # of all weights, for the shipped model of about a million; 1
 learning_rate = 8e-4  # of the adapters; 5e-6 to 5e-5 for a real model
 rank = 8
 betas = (0.05, 0.3)
-steps = 28  # quick: 3
+steps = 24  # quick: 3
 batch_size = 8  # pairs
-pairs_a_run = 256  # quick: 64
+pairs_a_run = 192  # quick: 64
 test_questions = 64  # of each run; a reply to each is drawn at every checkpoint; quick: 16
 longest_prompt = 56  # tokens; raise it for a tokenizer with shorter tokens
 kl_budget = 2.0  # nats a reply that the product allows, in every run
@@ -174,6 +174,7 @@ for key, tensor in tiny_batch.items():
 #
 # - `logits` is `(n, t, v)`, as a causal model returns them: those at place $i$ predict the token at place $i + 1$.
 # - `input_ids` and `completion_mask` are `(n, t)` int64. Only tokens whose mask is 1 count. The token at place 0 is predicted by nothing and never counts.
+# - Gradients flow through it to the logits, and the arguments stay as they are.
 #
 # With all logits equal and $v = 4$, every token has probability 1/4: the mask `[[0, 1, 1]]` gives `[-2.7726]`, twice $\log \frac14$. *About 3 lines.*
 #
@@ -209,6 +210,10 @@ assert not torch.allclose(uniform, torch.tensor([-1.3863]), atol=1e-3), (
 assert torch.allclose(uniform, torch.tensor([-2.7726]), atol=1e-3), (
     f"Two tokens of probability 1/4 give 2 log(1/4) = -2.7726; yours is {uniform.tolist()}"
 )
+trained = scores.clone().requires_grad_()
+assert sequence_logps(trained, torch.tensor([[2, 0, 1]]), torch.tensor([[0, 1, 1]])).requires_grad, (
+    "No gradient reaches the logits, so nothing could be trained: no detach, no_grad or numpy here"
+)
 ### BEGIN HIDDEN TESTS
 _generator = torch.Generator().manual_seed(4)
 for _n, _t, _v in [(1, 2, 3), (3, 7, 5), (4, 1, 6), (2, 9, 11)]:
@@ -220,7 +225,11 @@ for _n, _t, _v in [(1, 2, 3), (3, 7, 5), (4, 1, 6), (2, 9, 11)]:
         for _i in range(1, _t):
             if _mask[_row, _i]:
                 _want[_row] += torch.log_softmax(_logits[_row, _i - 1], dim=0)[_ids[_row, _i]]
+    _kept = [_one.clone() for _one in (_logits, _ids, _mask)]
     _got = sequence_logps(_logits, _ids, _mask)
+    assert all(torch.equal(_one, _old) for _one, _old in zip((_logits, _ids, _mask), _kept, strict=True)), (
+        "Do not change the tensors that you are given: the batch is used again"
+    )
     assert _got.shape == (_n,), f"{(_n, _t, _v)} becomes ({_n},); yours is {tuple(_got.shape)}"
     assert torch.allclose(_got, _want), f"{(_n, _t, _v)}: add the log-probabilities of the tokens whose mask is 1"
 ### END HIDDEN TESTS
@@ -256,6 +265,20 @@ def sequence_logps(logits, input_ids, completion_mask):
     return (scores * completion_mask[:, 1:]).sum(1)
 
 
+# %% mistake="cuts the gradient" of="sequence-logps" says="No gradient reaches the logits"
+def sequence_logps(logits, input_ids, completion_mask):
+    with torch.no_grad():
+        logps = torch.log_softmax(logits[:, :-1], dim=-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+        return (logps * completion_mask[:, 1:]).sum(dim=1)
+
+
+# %% mistake="changes the ids in place" of="sequence-logps" says="the batch is used again"
+def sequence_logps(logits, input_ids, completion_mask):
+    input_ids[completion_mask == 0] = 0
+    logps = torch.log_softmax(logits[:, :-1], dim=-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return (logps * completion_mask[:, 1:]).sum(dim=1)
+
+
 # %% alternative="a cross-entropy with ignored labels" of="sequence-logps"
 def sequence_logps(logits, input_ids, completion_mask):
     labels = input_ids.masked_fill(completion_mask == 0, -100)[:, 1:]
@@ -289,7 +312,7 @@ def sequence_logps(logits, input_ids, completion_mask):
 #
 # **Exercise.** Three things. `policy` and `reference` are `(2n,)`: log-probabilities in the order of the collator, all $n$ chosen replies first.
 #
-# 1. `dpo_loss(policy, reference, beta)` returns the loss of each pair, `(n,)`, not yet averaged. It stays finite for margins of ±1,000. For `policy = [-2., -5.]`, `reference = [-3., -4.]`, `beta = 0.5` the margin is 2 and the loss `[0.3133]`.
+# 1. `dpo_loss(policy, reference, beta)` returns the loss of each pair, `(n,)`, not yet averaged. It stays finite for margins of ±1,000, and gradients flow through it to `policy`. For `policy = [-2., -5.]`, `reference = [-3., -4.]`, `beta = 0.5` the margin is 2 and the loss `[0.3133]`.
 # 2. `push(policy, reference, beta)` returns, `(n,)`, the size of the gradient $|\partial L / \partial \log \pi(y_w)|$ of each pair. In the example it is `[0.1345]`. By hand or by autograd.
 # 3. `direction`: in which direction one step of gradient descent would move each log-probability if it could be moved alone: `+1` for up, `-1` for down.
 #
@@ -341,6 +364,9 @@ far = dpo_loss(torch.tensor([-1000.0, 0.0]), torch.zeros(2), beta=1.0)
 assert abs(far.item() - 1000) < 1, (
     f"At a margin of -1,000 the loss is 1,000; yours is {far.item()}: sigmoid is 0 there, use logsigmoid"
 )
+assert dpo_loss(torch.zeros(2, requires_grad=True), torch.zeros(2), beta=1.0).requires_grad, (
+    "No gradient reaches the policy's log-probabilities, so nothing could be trained: no detach, no_grad or numpy here"
+)
 ### BEGIN HIDDEN TESTS
 _generator = torch.Generator().manual_seed(8)
 for _n, _beta in [(1, 0.1), (3, 0.5), (6, 2.0)]:
@@ -365,6 +391,14 @@ assert abs(got.item() - 0.3655) > 1e-3, (
 )
 assert abs(got.item() - 0.2689) > 1e-3, "0.2689 lacks the inner derivative: beta multiplies the margin"
 assert abs(got.item() - 0.1345) < 1e-3, f"beta sigmoid(-beta m) = 0.5 sigmoid(-1) = 0.1345; yours is {got.item():.4f}"
+got = push(torch.tensor([-1.0, -2.0, -1.0, -6.0]), torch.zeros(4), beta=1.0)
+assert got.shape == (2,), f"Four log-probabilities are two pairs, so two sizes; yours are {tuple(got.shape)}"
+assert not torch.allclose(got, torch.tensor([0.25, 0.0090]), atol=1e-3), (
+    "[0.25, 0.009] is the gradient of the mean over the pairs: each pair has its own loss and its own gradient"
+)
+assert torch.allclose(got, torch.tensor([0.5, 0.0180]), atol=1e-3), (
+    f"At margins 0 and 4 and beta 1 the sizes are [0.5, 0.0180]; yours are {got.tolist()}"
+)
 assert set(direction) == {"chosen", "rejected"}, f"direction has the keys 'chosen' and 'rejected'; yours is {direction}"
 assert all(value in (-1, 1) for value in direction.values()), f"direction holds +1 or -1; yours is {direction}"
 assert direction["chosen"] != direction["rejected"], (
@@ -464,6 +498,35 @@ def dpo_loss(policy, reference, beta):
 def push(policy, reference, beta):
     chosen, rejected = (policy - reference).chunk(2)
     return beta * torch.sigmoid(beta * (chosen - rejected))
+
+
+direction = {"chosen": 1, "rejected": -1}
+
+
+# %% mistake="the gradient of the mean" of="dpo-loss" says="the gradient of the mean over the pairs"
+def dpo_loss(policy, reference, beta):
+    chosen, rejected = (policy - reference).chunk(2)
+    return -logsigmoid(beta * (chosen - rejected))
+
+
+def push(policy, reference, beta):
+    leaf = policy.detach().clone().requires_grad_()
+    dpo_loss(leaf, reference, beta).mean().backward()
+    return leaf.grad.chunk(2)[0].abs()
+
+
+direction = {"chosen": 1, "rejected": -1}
+
+
+# %% mistake="cuts the gradient" of="dpo-loss" says="No gradient reaches the policy"
+def dpo_loss(policy, reference, beta):
+    chosen, rejected = (policy - reference).detach().chunk(2)
+    return -logsigmoid(beta * (chosen - rejected))
+
+
+def push(policy, reference, beta):
+    chosen, rejected = (policy - reference).chunk(2)
+    return beta * torch.sigmoid(-beta * (chosen - rejected))
 
 
 direction = {"chosen": 1, "rejected": -1}
@@ -710,19 +773,11 @@ def batches(rows: Sequence[dict[str, Any]], order_seed: int) -> Iterator[dict[st
             yield collate(shuffled[at : at + batch_size])
 
 
-def lengths(batch: Mapping[str, Tensor]) -> Tensor:
-    """How many tokens each reply of a batch has, (2n,)."""
-    return batch["completion_mask"].sum(dim=1).to(device)
-
-
 def fit(
-    policy: PeftModel, data: Iterator[dict[str, Tensor]], beta: float, *, until: int = steps, per_token: bool = False,
+    policy: PeftModel, data: Iterator[dict[str, Tensor]], beta: float, *, until: int = steps,
     visit: Callable[[int], None] = lambda step: None, label: str = "DPO",
 ) -> list[float]:  # fmt: skip
-    """Train the adapter with DPO; call `visit` after each step; return the losses.
-
-    With `per_token`, log-ratios are divided by the reply's number of tokens.
-    """
+    """Train the adapter with DPO; call `visit` after each step; return the losses."""
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = get_constant_schedule_with_warmup(optimizer, num_warmup_steps=5)
@@ -730,8 +785,7 @@ def fit(
     for step in tqdm(range(1, until + 1), desc=label, leave=False):
         batch = next(data)
         reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).to(device)
-        logps, size = reply_logps(policy, batch), lengths(batch) if per_token else 1
-        loss = dpo_loss(logps / size, reference / size, beta).mean()
+        loss = dpo_loss(reply_logps(policy, batch), reference, beta).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -1019,6 +1073,8 @@ got = alarms(
     }
 )
 assert got == set(), f"9.9 tokens are less than 1.25 times 8, so nothing is raised; yours is {got}"
+got = alarms({**calm, "length": [8.0, 10.0]})
+assert got == set(), f"10 tokens are 1.25 times 8 and not more, so nothing is raised; yours is {got}"
 ### BEGIN HIDDEN TESTS
 _rng = np.random.default_rng(2)
 for _case in range(40):
@@ -1212,8 +1268,11 @@ def observe(policy: PeftModel, run: int, step: int, held_out: Sequence[dict[str,
     first = int(batch["completion_mask"].any(dim=0).int().argmax()) - 1
 
     def logits(model: PeftModel) -> Tensor:
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        return output.logits[:, first:].float()
+        output = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False,
+            logits_to_keep=batch["input_ids"].shape[1] - first,
+        )  # fmt: skip
+        return output.logits.float()
 
     ids, mask = batch["input_ids"][:, first:], batch["completion_mask"][:, first:]
     kl = kl_estimates(logits(policy), by_reference(policy, logits), ids, mask)
@@ -1228,7 +1287,7 @@ def observe(policy: PeftModel, run: int, step: int, held_out: Sequence[dict[str,
 
 def train(
     run: int, rows: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], beta: float, *, visits: int,
-    per_token: bool = False, label: str = "DPO",
+    label: str = "DPO",
 ) -> list[Point]:  # fmt: skip
     """One run of DPO, measured before the first step and at `visits` checkpoints; the last is after the last step."""
     policy = attach(seed + run)
@@ -1240,7 +1299,7 @@ def train(
         if step in at:
             points.append(observe(policy, run, step, held_out))
 
-    fit(policy, batches(rows, seed + run), beta, per_token=per_token, visit=visit, label=label)
+    fit(policy, batches(rows, seed + run), beta, visit=visit, label=label)
     policy.unload()
     return points
 
@@ -1432,10 +1491,9 @@ for when, place in (("best", best), ("last", len(visited) - 1)):
 #
 # Reviewers like effort. Suppose that in your data the better reply is usually also the longer one: every pair sets a right, polite reply against a wrong or a rude one, all labels are correct, and an idle sentence stands in the *better* reply in 90 % of the pairs, else in the worse one. No pair compares a reply with and without it. Nobody ever said that idle sentences are good; they only go along with what is.
 #
-# Three ways to train on the same questions:
+# Two ways to train on the same questions:
 #
 # - **as they come**: 90 % longer;
-# - **per token**: the same pairs, each log-ratio divided by the reply's number of tokens, with β multiplied by the mean number. `trl` has it as `loss_type="sigmoid_norm"`;
 # - **balanced**: the idle sentence in the better reply in half of the pairs.
 #
 # The margin is measured on balanced pairs that were held out, on those with the longer reply chosen and on those with the shorter one apart. A policy that has learned quality alone has the same margin on both.
@@ -1447,57 +1505,55 @@ balanced = [replies.confounded_pairs(part, longer=0.5, seed=seed) for part in tr
 checked = [replies.confounded_pairs(part[:32], longer=0.5, seed=seed + 1) for part in tests]
 lopsided_rows, balanced_rows = all_with_reference(lopsided), all_with_reference(balanced)
 checked_rows = all_with_reference(checked)
-mean_tokens = np.mean([len(row[key]) for row in lopsided_rows[0] for key in ("chosen_ids", "rejected_ids")])
-ways = {
-    "as they come": (lopsided_rows, {"beta": gentle_beta}),
-    "per token": (lopsided_rows, {"beta": gentle_beta * mean_tokens, "per_token": True}),
-    "balanced": (balanced_rows, {"beta": gentle_beta}),
-}
+ways = {"as they come": lopsided_rows, "balanced": balanced_rows}
 by_way = {
-    name: [train(run, data[run], checked_rows[run], visits=2, label=name, **options) for run in range(runs)]
-    for name, (data, options) in ways.items()
+    name: [train(run, data[run], checked_rows[run], gentle_beta, visits=1, label=name) for run in range(runs)]
+    for name, data in ways.items()
 }
 print(lopsided[0][0].chosen, "\n   is better than\n", lopsided[0][0].rejected)
 
 # %%
 is_longer = [np.array([len(one.chosen) > len(one.rejected) for one in part]) for part in checked]
-colours = {"as they come": COLOURS.wrong, "per token": COLOURS.library, "balanced": COLOURS.after}
-panels: dict[str, Callable[[Point], float]] = {
-    "replies with an idle sentence": lambda point: point.idle,
-    "margin on held-out pairs (nats)": lambda point: float((point.chosen - point.rejected).mean()),
-    "win rate": wins,
-}
-fig, axes = plt.subplots(1, 3, figsize=(12.5, 3.8))
-for ax, (label, value) in zip(axes, panels.items(), strict=True):
-    for name, curves in by_way.items():
-        for curve in curves:
-            ax.plot(
-                [point.step for point in curve],
-                [value(point) for point in curve],
-                color=colours[name],
-                lw=0.8,
-                alpha=0.5,
-            )
-        middle = [np.mean([value(point) for point in at]) for at in zip(*curves, strict=True)]
-        ax.plot([point.step for point in curves[0]], middle, "o-", ms=4, color=colours[name], label=name)
-    ax.set(xlabel="step", ylabel=label)
-    label_lines(ax)
-axes[0].set_title("What nobody asked for")
-axes[1].set_title("What training reports")
-axes[2].set_title("What it is worth")
+last = {"the reference": [curve[0] for curve in by_way["balanced"]]}
+last |= {name: [curve[-1] for curve in curves] for name, curves in by_way.items()}
+margins = {
+    name: np.array(
+        [
+            [(point.chosen - point.rejected)[kind].mean() for kind in (mask, ~mask)]
+            for point, mask in zip(points, is_longer, strict=True)
+        ]
+    )
+    for name, points in last.items()
+}  # of each run, for pairs whose longer reply is chosen and for those whose shorter one is
+colours = {"the reference": COLOURS.before, "as they come": COLOURS.wrong, "balanced": COLOURS.after}
+fig, axes = plt.subplots(1, 3, figsize=(12.5, 3.2), sharey=True)
+for place, (name, points) in enumerate(last.items()):
+    for ax, values in ((axes[0], [point.idle for point in points]), (axes[2], [wins(point) for point in points])):
+        ax.plot(values, [place] * len(values), "o", ms=5, alpha=0.4, color=colours[name])
+        ax.plot([np.mean(values)], [place], "|", ms=22, mew=2.5, color=colours[name])
+    for column, (marker, above) in enumerate(((">", -0.12), ("<", 0.12))):
+        values = margins[name][:, column]
+        axes[1].plot(values, [place + above] * len(values), marker, ms=5, alpha=0.4, color=colours[name])
+        axes[1].plot([values.mean()], [place + above], "|", ms=14, mew=2.5, color=colours[name])
+axes[0].set_yticks(range(len(last)), list(last))
+axes[0].invert_yaxis()
+axes[0].set(xlabel="share of replies with an idle sentence", title="What nobody asked for", xlim=(-0.03, 1.03))
+axes[1].set(xlabel="margin (nats); > longer, < shorter reply chosen", title="Where the margin comes from")
+axes[1].axvline(0, color=COLOURS.truth, lw=1, ls="--")
+axes[2].set(xlabel="win rate against the reference", title="What it is worth", xlim=(0, 1))
+axes[2].axvline(0.5, color=COLOURS.truth, lw=1, ls="--")
 plt.show()
 
-rows = []
-for name, curves in by_way.items():
-    last = [curve[-1] for curve in curves]
-    margins = [
-        np.mean([(point.chosen - point.rejected)[mask].mean() for point, mask in zip(last, masks, strict=True)])
-        for masks in (is_longer, [~mask for mask in is_longer])
-    ]
-    raised = ", ".join(sorted(alarms(curve_of(curves)))) or "none"
-    rows.append(
-        (name, *margins, np.mean([point.idle for point in last]), np.mean([wins(point) for point in last]), raised)
+rows = [
+    (
+        name,
+        *margins[name].mean(axis=0),
+        np.mean([point.idle for point in last[name]]),
+        np.mean([wins(point) for point in last[name]]),
+        ", ".join(sorted(alarms(curve_of(curves)))) or "none",
     )
+    for name, curves in by_way.items()
+]
 columns = ["pairs", "margin, longer chosen", "margin, shorter chosen", "idle sentence", "win rate", "your alarms"]
 formats = {columns[1]: "{:+.1f}", columns[2]: "{:+.1f}", columns[3]: "{:.0%}", columns[4]: "{:.1%}"}
 display(pd.DataFrame(rows, columns=columns).style.format(formats).hide(axis="index"))
@@ -1508,18 +1564,18 @@ for key, place, what in (("margin_longer", 1, "longer"), ("margin_shorter", 2, "
 idle_reference = [curve[0].idle for curve in by_way["balanced"]]
 mean, low, high = mean_interval(idle_reference)
 card.record("idle_reference", mean, format=".0%", tolerance=0.1, label="the reference's replies with an idle sentence")
-for key, name in (("idle_confounded", "as they come"), ("idle_token", "per token"), ("idle_balanced", "balanced")):
+for key, name in (("idle_confounded", "as they come"), ("idle_balanced", "balanced")):
     mean, low, high = mean_interval([curve[-1].idle for curve in by_way[name]])
     card.record(
         key, mean, format=".0%", low=low, high=high, tolerance=0.1, label=f"with an idle sentence, pairs {name}"
     )
 
 # %% [markdown]
-# From {{idle_reference}} of the reference's replies, the share with an idle sentence goes to {{idle_confounded}} with the pairs as they come, to {{idle_token}} with the per-token loss, and to {{idle_balanced}} with balanced pairs.
+# From {{idle_reference}} of the reference's replies, the share with an idle sentence goes to {{idle_confounded}} with the pairs as they come and to {{idle_balanced}} with balanced pairs.
 #
 # Nothing in the first row of the table would worry a trainer: all labels are right, the loss falls, the margin grows. The two margins give it away. As the pairs come, the margin is {{margin_longer}} where the longer reply is the better one and {{margin_shorter}} where the shorter one is. "Begins like an idle sentence" is the easiest thing to see in these pairs, easier than reading the passage, and the loss takes what is easiest.
 #
-# What helps is the data. In balanced pairs length predicts nothing, so nothing is gained by it. A per-token loss changes how much a sentence of fifteen tokens can earn compared with an answer of four; it cannot know which of the two your raters meant, and it changes everything else about lengths as well. Look at all three panels before you prefer it. What the figure does not show: real raters do like some long answers for good reasons, and then balancing throws a true preference away. Park et al. (2024) penalise the length difference inside the loss instead, and choose the size of the penalty on held-out judgements.
+# What helps is the data. In balanced pairs length predicts nothing, so nothing is gained by it. What the figure does not show: real raters do like some long answers for good reasons, and then balancing throws a true preference away. Park et al. (2024) penalise the length difference inside the loss instead, and choose the size of the penalty on held-out judgements. `trl` can also divide each log-ratio by the reply's number of tokens (`loss_type="sigmoid_norm"`). That changes how much a sentence of fifteen tokens can earn compared with an answer of four, and needs another β; it cannot know which of the two your raters meant.
 #
 # ## Decide: how far do you go?
 #
@@ -1575,6 +1631,8 @@ got = choose(checkpoints, 9.0)
 assert got == (0.1, 20), f"With 9 nats everything is admissible and (0.1, 20) is best; you choose {got}"
 got = choose(checkpoints, 0.1)
 assert got is None, f"Within 0.1 nats nothing is admissible: ship the reference, None; you choose {got}"
+got = choose(checkpoints, 2.5)
+assert got == (0.1, 20), f"A KL of exactly the budget is within it ('at most'): (0.1, 20) at 2.5; you choose {got}"
 lucky = {(0.1, 10): [(0.5, 0.95), (0.5, 0.45)], (1.0, 30): [(0.5, 0.75), (0.5, 0.75)]}
 assert choose(lucky, 1.0) == (1.0, 30), "One lucky run is not a better checkpoint: compare the means of the runs"
 equal = {(0.1, 30): [(0.5, 0.75)], (1.0, 10): [(0.9, 0.75)], (0.5, 20): [(0.1, 0.75)]}
@@ -1657,6 +1715,15 @@ my_beta, predicted_win = betas[0], 70
 
 def choose(table, budget):
     kept = [k for k, part in table.items() if max(kl for kl, _ in part) <= budget]
+    return max(kept, key=lambda k: (np.mean([w for _, w in table[k]]), -k[1])) if kept else None
+
+
+# %% mistake="strictly below the budget" of="decide" says="exactly the budget is within it"
+my_beta, predicted_win = betas[0], 0.6
+
+
+def choose(table, budget):
+    kept = [k for k, part in table.items() if max(kl for kl, _ in part) < budget]
     return max(kept, key=lambda k: (np.mean([w for _, w in table[k]]), -k[1])) if kept else None
 
 
@@ -1786,7 +1853,7 @@ card.show()
 #
 # <details><summary>Your raters prefer long answers. How do you notice, and what do you do?</summary>
 #
-# Notice: plot reply length next to the win rate; split held-out pairs by which reply is longer and compare the margins. Here, pairs whose better reply was the longer one in 90 % took the share of replies with an idle sentence from {{idle_reference}} to {{idle_confounded}}, with all labels right. Do: balance or reweight the pairs by length ({{idle_balanced}} here), since a confounded data set cannot tell what raters meant; a length-normalised loss ({{idle_token}}) changes how strongly length pays, not what the data say. And judge with a length-controlled win rate.
+# Notice: plot reply length next to the win rate; split held-out pairs by which reply is longer and compare the margins. Here, pairs whose better reply was the longer one in 90 % took the share of replies with an idle sentence from {{idle_reference}} to {{idle_confounded}}, with all labels right. Do: balance or reweight the pairs by length ({{idle_balanced}} here), since a confounded data set cannot tell what raters meant; a length-normalised loss changes how strongly length pays, not what the data say. And judge with a length-controlled win rate.
 # </details>
 
 # %% [markdown]
