@@ -195,6 +195,10 @@ def sequence_logps(logits: Tensor, input_ids: Tensor, completion_mask: Tensor) -
 # %% check="sequence-logps" points=2
 uniform = sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 1]]))
 assert uniform.shape == (1,), f"One number a row: (1, 3, 4) becomes (1,); yours is {tuple(uniform.shape)}"
+four = sequence_logps(torch.zeros(1, 4, 4), torch.tensor([[1, 2, 3, 0]]), torch.tensor([[0, 1, 1, 0]]))
+assert not torch.allclose(four, torch.tensor([-2.1972]), atol=1e-3), (
+    "-2.197 is twice log(1/3), and three is the number of places: normalise over the vocabulary, the last axis"
+)
 scores = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0]]])  # place i predicts token i
 shifted = sequence_logps(scores, torch.tensor([[2, 0, 1]]), torch.tensor([[0, 1, 1]]))
 assert shifted.item() > -17, (
@@ -257,6 +261,12 @@ def sequence_logps(logits, input_ids, completion_mask):
 def sequence_logps(logits, input_ids, completion_mask):
     logps = logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
     return (logps * completion_mask[:, :-1]).sum(1)
+
+
+# %% mistake="normalises over the places" of="sequence-logps" says="normalise over the vocabulary"
+def sequence_logps(logits, input_ids, completion_mask):
+    logps = torch.log_softmax(logits[:, :-1], dim=1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return (logps * completion_mask[:, 1:]).sum(dim=1)
 
 
 # %% mistake="forgets to normalise the logits" of="sequence-logps" says="log(1/4)"
@@ -386,6 +396,7 @@ assert dpo_loss(torch.tensor([1000.0, 0.0]), torch.zeros(2), 1.0).item() < 1e-6,
 # %% check="dpo-loss" points=2
 got = push(torch.tensor([-2.0, -5.0]), torch.tensor([-3.0, -4.0]), beta=0.5)
 assert got.shape == (1,), f"A size for each pair, (n,) = (1,); yours is {tuple(got.shape)}"
+assert got.item() > 0, f"The size of the gradient is positive; its sign is for direction. Yours is {got.item():.4f}"
 assert abs(got.item() - 0.3655) > 1e-3, (
     "0.3655 grows with the margin: the pair that is already in order would be pushed hardest. The derivative of -log sigmoid(z) is -sigmoid(-z)"
 )
@@ -902,6 +913,14 @@ for name, tensor in got.items():
 assert got["k1"].item() > 0, (
     "Your k1 has the other direction: log policy minus log reference, at the token that the policy sampled"
 )
+changed = kl_estimates(torch.stack([ours, theirs])[None], theirs.expand(1, 2, 2), *one_token)
+assert changed["k1"].abs().item() > 1e-3, (
+    "The distributions differ at place 0 alone, and place 0 predicts the reply's token at place 1: shift the logits against ids and mask"
+)
+raised = kl_estimates((ours + 3).expand(1, 2, 2), theirs.expand(1, 2, 2), *one_token)
+assert abs(raised["k1"].item() - 4.0986) > 1e-3, (
+    "A constant added to all logits changes no probability, but it changed your k1 by 3: take log_softmax first"
+)
 assert abs(got["k1"].item() - 1.0986) < 1e-3, f"k1 is log(0.75 / 0.25) = 1.0986; yours is {got['k1'].item():.4f}"
 assert abs(got["k3"].item() - 0.9014) > 1e-3, (
     "0.9014 is exp(k1) - 1 - k1: the ratio in k3 is the reference over the policy, exp(-k1), whose mean is 1"
@@ -974,6 +993,22 @@ def kl_estimates(policy_logits, reference_logits, input_ids, completion_mask):
     p, q = policy_logits[:, :-1].log_softmax(-1), reference_logits[:, :-1].log_softmax(-1)
     k1 = ((p - q).gather(-1, input_ids[:, 1:, None])[..., 0] * mask).sum(1)
     return {"k1": k1, "k3": torch.expm1(-k1) + k1, "stepwise": ((q.exp() * (p - q)).sum(-1) * mask).sum(1)}
+
+
+# %% mistake="logits of the token's own place" of="kl-estimates" says="shift the logits against ids and mask"
+def kl_estimates(policy_logits, reference_logits, input_ids, completion_mask):
+    p, q = policy_logits.log_softmax(-1), reference_logits.log_softmax(-1)
+    k1 = ((p - q).gather(-1, input_ids[..., None]).squeeze(-1) * completion_mask).sum(1)
+    stepwise = ((p.exp() * (p - q)).sum(-1) * completion_mask).sum(1)
+    return {"k1": k1, "k3": torch.expm1(-k1) + k1, "stepwise": stepwise}
+
+
+# %% mistake="logits as log-probabilities" of="kl-estimates" says="take log_softmax first"
+def kl_estimates(policy_logits, reference_logits, input_ids, completion_mask):
+    p, q, mask = policy_logits[:, :-1], reference_logits[:, :-1], completion_mask[:, 1:]
+    k1 = ((p - q).gather(-1, input_ids[:, 1:, None]).squeeze(-1) * mask).sum(1)
+    stepwise = ((p.exp() * (p - q)).sum(-1) * mask).sum(1)
+    return {"k1": k1, "k3": torch.expm1(-k1) + k1, "stepwise": stepwise}
 
 
 # %% mistake="nats a token" of="kl-estimates" says="do not average them"
@@ -1061,6 +1096,11 @@ got = alarms({**calm, "chosen": [0.0, -1.0], "margin": [0.0, -4.0]})
 assert "displaced" not in got, (
     "With a negative margin the run has not learned the pairs at all: that is not displacement"
 )
+recovered = {"chosen": [0.0, -1.0, 1.0], "margin": [0.0, 4.0, 5.0], "length": [8.0] * 3}
+got = alarms({**recovered, "win": [0.5, 0.7, 0.7], "error": [0.02] * 3})
+assert got == set(), (
+    f"The chosen replies fell and came back: the last checkpoint alone counts, nothing is raised; yours is {got}"
+)
 got = alarms({**calm, "length": [8.0, 10.5]})
 assert got == {"longer"}, f"10.5 tokens are more than 1.25 times 8: longer; yours is {got}"
 got = alarms(
@@ -1116,6 +1156,11 @@ assert "over-optimised" in got, (
 got = alarms({**falling, "margin": [0.0, 4.0, 3.0]})
 assert "over-optimised" not in got, (
     "The margin fell as well, so the curve that you optimise warned you: over-optimised means that it did not"
+)
+twice = {"chosen": [0.0, 1.0, 1.0, 1.0], "margin": [0.0, 4.0, 9.0, 6.0], "length": [8.0] * 4}
+got = alarms({**twice, "win": [0.5, 0.7, 0.7, 0.6], "error": [0.02] * 4})
+assert got == {"over-optimised"}, (
+    f"Two checkpoints have 70 %: the first of them is the best, and from its margin of 4 to the last 6 it grew; yours is {got}"
 )
 ### BEGIN HIDDEN TESTS
 _rng = np.random.default_rng(3)
