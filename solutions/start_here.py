@@ -7,7 +7,7 @@
 #
 # ## The path
 #
-# Open a lesson by its link. Each takes 40–70 minutes and stands alone.
+# Open a lesson by its link. Each takes 50–90 minutes and stands alone.
 #
 # {{path:map}}
 
@@ -20,6 +20,8 @@
 # 3. Run the check cell below it. When it fails, its message names the mistake and the way out.
 # 4. **Validate** in the notebook's toolbar runs the whole notebook from a fresh kernel, so that nothing works only
 #    because you ran cells out of order. A notebook with an unfinished exercise does not validate yet.
+#    A training takes its time; with the values that the parameters cell names after `quick:`, the lesson runs through
+#    in seconds and measures nothing. No check depends on them.
 # 5. When the visible checks pass, grade the lesson. In a terminal (*File → New → Terminal*):
 #
 # ```
