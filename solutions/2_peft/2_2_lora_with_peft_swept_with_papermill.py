@@ -3,7 +3,7 @@
 #
 # You will be able to configure `peft` to a parameter budget, predict a training job's memory to the byte, run a sweep whose failures stay visible, choose from it by a rule that you fixed beforehand, and refuse to serve an adapter on the wrong base.
 #
-# **You will measure.** What a rank buys. With {{share_low}}, {{share_centre}} and {{share_high}} of the weights trained, {{fields_low}}, {{fields_centre}} and {{fields_high}} of the single fields of a ticket's triage are right after {{steps_each}} steps, and {{exact_low}}, {{exact_centre}} and {{exact_high}} of the whole answers (all four fields). Training all weights holds {{memory_full}} of weights, gradients and optimizer state, rank 4 {{memory_lora}}, and your formula says so to the byte. An adapter with a loss of {{loss_own}} on its own base has {{loss_twice}} on one that holds it already, and nothing raises an error.
+# **You will measure.** What a rank buys. With {{share_low}}, {{share_centre}} and {{share_high}} of the weights trained, {{fields_low}}, {{fields_centre}} and {{fields_high}} of the single fields of a ticket's triage are right after {{steps_each}} steps, and {{exact_low}}, {{exact_centre}} and {{exact_high}} of the whole answers (all four fields). Training all weights holds {{memory_full}} MiB of weights, gradients and optimizer state, rank 4 {{memory_lora}} MiB, and your formula says so to the byte. An adapter with a loss of {{loss_own}} on its own base has {{loss_twice}} on one that holds it already, and nothing raises an error.
 #
 # **You need.** Lessons 1.1 (seeds, intervals, pairs) and 2.1 (what LoRA computes); what AdamW keeps for each weight.
 #
@@ -765,9 +765,9 @@ card.record("memory_share", memory_share, format=".1%", label="of these, LoRA's 
 del trained_model
 
 # %% [markdown]
-# Prediction and measurement differ by {{bytes_off}}. Rank 4 trains {{share_centre}} of the weights and needs {{memory_share}} of the bytes: the frozen weights are still there. In float32 they are a quarter of full finetuning's weights, gradients and two moments, so LoRA alone can never do better than 25 %. To go lower one must store the frozen weights in fewer bits, which is what QLoRA does.
+# Prediction and measurement differ by {{bytes_off}} bytes. Rank 4 trains {{share_centre}} of the weights and needs {{memory_share}} of the bytes: the frozen weights are still there. In float32 they are a quarter of full finetuning's weights, gradients and two moments, so LoRA alone can never do better than 25 %. To go lower one must store the frozen weights in fewer bits, which is what QLoRA does.
 #
-# And the activations? Eight short tickets keep {{memory_full_kept}} in full finetuning and {{memory_lora_kept}} with LoRA. Freezing a layer saves them little: the gradient must still pass *through* every layer, and each factor $A$ needs its layer's input. They grow with batch size and length, and gradient checkpointing is the tool against them, with LoRA or without.
+# And the activations? Eight short tickets keep {{memory_full_kept}} MiB in full finetuning and {{memory_lora_kept}} MiB with LoRA. Freezing a layer saves them little: the gradient must still pass *through* every layer, and each factor $A$ needs its layer's input. They grow with batch size and length, and gradient checkpointing is the tool against them, with LoRA or without.
 #
 # Your function takes any model, also one that fits no memory. `accelerate`'s `init_empty_weights` builds it on the `meta` device: shapes without data.
 
@@ -813,7 +813,7 @@ for name, job in (("big_full", "all weights\nin bfloat16"), ("big_lora", "rank 1
 del big, big_lora
 
 # %% [markdown]
-# The left panel is the measured step, the right one arithmetic: {{big_full}} for all weights in bfloat16, {{big_lora}} with rank 16. Nearly all of the second number is frozen weights; gradients and optimizer state can hardly be seen. Neither panel shows what the CUDA context, the allocator's fragments and temporary buffers add. And nobody trains 8B weights in pure bfloat16 without thinking about it twice: usual mixed precision keeps float32 weights as well and needs about 16 bytes a parameter (Rajbhandari et al., 2020, section 3.1). `peft`, you see above, keeps its factors in float32 even beside a bfloat16 base.
+# The left panel is the measured step, the right one arithmetic: {{big_full}} GiB for all weights in bfloat16, {{big_lora}} GiB with rank 16. Nearly all of the second number is frozen weights; gradients and optimizer state can hardly be seen. Neither panel shows what the CUDA context, the allocator's fragments and temporary buffers add. And nobody trains 8B weights in pure bfloat16 without thinking about it twice: usual mixed precision keeps float32 weights as well and needs about 16 bytes a parameter (Rajbhandari et al., 2020, section 3.1). `peft`, you see above, keeps its factors in float32 even beside a bfloat16 base.
 
 # %% [markdown]
 # ## Train, save, load, merge
@@ -1968,7 +1968,7 @@ card.record(
 )
 
 # %% [markdown]
-# The last line is worth its seconds in every project: the function in your editor and the one in the sweep compute the same; the losses of one company differ by {{process_gap}}. A fresh kernel imports torch, transformers and peft before it trains. For an hour's run that is nothing; for runs of a few seconds it would be a large part of the cost. So the third rank and the short comparisons further down are trained in this kernel and stand beside the sweep's.
+# The last line is worth its seconds in every project: the function in your editor and the one in the sweep compute the same; the losses of one company differ by {{process_gap}} nats. A fresh kernel imports torch, transformers and peft before it trains. For an hour's run that is nothing; for runs of a few seconds it would be a large part of the cost. So the third rank and the short comparisons further down are trained in this kernel and stand beside the sweep's.
 
 # %%
 measured_runs[f"rank-{high_rank}"] = pd.DataFrame(
@@ -2312,7 +2312,7 @@ card.show()
 #
 # <details><summary>How much memory does LoRA save on an 8B model, and what doesn't it save?</summary>
 #
-# It removes the gradients and the optimizer state of the frozen weights. With all weights in bfloat16 that is from {{big_full}} to {{big_lora}} at rank 16; against mixed precision with float32 masters, about 16 bytes a parameter, it is more. What stays: the frozen weights, 2 bytes each (less if they are quantised), and the activations, which LoRA hardly changes, since the gradient still passes through every layer. On the small model here LoRA holds {{memory_share}} of full finetuning's bytes in float32, where a quarter is the floor.
+# It removes the gradients and the optimizer state of the frozen weights. With all weights in bfloat16 that is from {{big_full}} GiB to {{big_lora}} GiB at rank 16; against mixed precision with float32 masters, about 16 bytes a parameter, it is more. What stays: the frozen weights, 2 bytes each (less if they are quantised), and the activations, which LoRA hardly changes, since the gradient still passes through every layer. On the small model here LoRA holds {{memory_share}} of full finetuning's bytes in float32, where a quarter is the floor.
 # </details>
 #
 # <details><summary>Your sweep says rank 16 beats rank 4 by 0.4 points. Do you ship it?</summary>
