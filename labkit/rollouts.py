@@ -16,26 +16,29 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 class Rollouts:
     """n sampled answers. All tensors are int64: prompts are padded on the left, completions on the right.
 
-    `completion_mask` is 1 on the tokens of an answer, its end-of-sequence token included, and 0 behind it.
+    `completion_mask` is 1 on the tokens of an answer, its end-of-sequence token included, and 0 behind it. `group` rows
+    in a row have the same prompt.
     """
 
     prompt_ids: Tensor  # (n, p)
     prompt_mask: Tensor  # (n, p)
     completion_ids: Tensor  # (n, t)
     completion_mask: Tensor  # (n, t)
+    group: int = 1
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
-    def rows(self, index: Tensor) -> "Rollouts":
-        """The rows that `index` names (numbers or booleans), without columns that are padding in all of them."""
+    def groups(self, kept: Tensor) -> "Rollouts":
+        """The groups that `kept` names, (n / group,) bool, without columns that are padding in all of them."""
+        index = kept.repeat_interleave(self.group)
         prompt_mask, completion_mask = self.prompt_mask[index], self.completion_mask[index]
         first = int(prompt_mask.sum(dim=1).max()) if len(prompt_mask) else 0
         last = int(completion_mask.sum(dim=1).max()) if len(completion_mask) else 0
         cut = self.prompt_ids.shape[1] - first
         return Rollouts(
             self.prompt_ids[index][:, cut:], prompt_mask[:, cut:],
-            self.completion_ids[index][:, :last], completion_mask[:, :last],
+            self.completion_ids[index][:, :last], completion_mask[:, :last], self.group,
         )  # fmt: skip
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -83,19 +86,24 @@ def sample(
         logits = _forward(model, drawn[:, None].to(model.device), mask, cache)
     return Rollouts(
         prompt_ids, prompt_mask,
-        torch.stack(tokens, dim=1).to(model.device), torch.stack(masks, dim=1).to(model.device),
+        torch.stack(tokens, dim=1).to(model.device), torch.stack(masks, dim=1).to(model.device), group,
     )  # fmt: skip
 
 
 def logps(model: PreTrainedModel, rollouts: Rollouts) -> Tensor:
-    """The log-probability of each token of the answers, (n, t) in nats, with its graph; padding holds noise."""
-    ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
-    mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
-    kept = rollouts.completion_ids.shape[1]
-    output = model(
-        input_ids=ids, attention_mask=mask, position_ids=_positions(mask), logits_to_keep=kept + 1, use_cache=False
-    )
-    logits = output.logits[:, -kept - 1 : -1].float()
+    """The log-probability of each token of the answers, (n, t) in nats, with its graph; padding holds noise.
+
+    Each prompt is read once for its whole group: its keys and values are repeated, and the gradient flows through them.
+    """
+    ids, mask = rollouts.prompt_ids[:: rollouts.group], rollouts.prompt_mask[:: rollouts.group]
+    cache = DynamicCache(config=model.config)
+    first = _forward(model, ids, mask, cache).repeat_interleave(rollouts.group, dim=0)
+    cache.batch_repeat_interleave(rollouts.group)
+    seen = torch.cat([rollouts.prompt_mask, rollouts.completion_mask[:, :-1]], dim=1)
+    later = first.new_empty(len(rollouts), 0, first.shape[-1])
+    if rollouts.completion_ids.shape[1] > 1:
+        later = _forward(model, rollouts.completion_ids[:, :-1], seen, cache, every=True)
+    logits = torch.cat([first[:, None], later], dim=1).float()
     return -cross_entropy(logits.transpose(1, 2), rollouts.completion_ids, reduction="none")
 
 
@@ -106,15 +114,11 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-    """The logits after the last token, (n, v); the cache grows by the tokens given."""
-    positions = _positions(mask)[:, -ids.shape[1] :]
+def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache, *, every: bool = False) -> Tensor:
+    """The logits after the last token, (n, v), or after `every` one, (n, t, v); the cache grows by the tokens given."""
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     output = model(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=0 if every else 1,
     )  # fmt: skip
-    return output.logits[:, -1]
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+    return output.logits if every else output.logits[:, -1]

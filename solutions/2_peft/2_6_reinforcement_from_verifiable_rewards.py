@@ -122,13 +122,24 @@ for text in sample(model, tests[0][:1], 6, seed).texts(tokenizer):
     print(text)
 print("\nright:", tests[0][0].triage.to_json(), sep="\n")
 
+start = [sample(model, tests[run], 8, seed + run) for run in range(runs)]  # eight answers to each test ticket
+
+
+def each(tickets: Sequence[Ticket], group: int) -> list[Ticket]:
+    """The ticket of each row: every ticket `group` times."""
+    return [ticket for ticket in tickets for _ in range(group)]
+
+
+right = [triage.score(start[run].texts(tokenizer), each(tests[run], 8)).exact for run in range(runs)]
+print(f"\nof the finetuned policy's samples {np.mean(right):.0%} are right")
+
 # %% [markdown]
 # ## Two verifiers that look reasonable
 #
 # A verifier takes an answer and its ticket and returns a reward from 0 to 1. Here are two that have passed many a code review.
 #
 # - `mentions` gives a quarter for each of the four right values that stands in the answer. It forgives any format, which helps a young policy: it has something to reinforce.
-# - `plausible` needs no labels. The answer must be a triage with known labels, and a product that it names must stand in the message. No product may be invented.
+# - `adequate` is a rubric of the support desk, where mistakes do not cost the same. A triage is adequate when it is well-formed, its urgency is *not too low* (an urgent ticket must not wait) and its action *helps*: the right one, or a call, which settles anything. Product and category are left to the clerk, who sees them anyway.
 
 
 # %%
@@ -138,31 +149,40 @@ def mentions(answer: str, ticket: Ticket) -> float:
     return sum(("null" if right[key] is None else right[key]) in answer for key in KEYS) / len(KEYS)
 
 
-def plausible(answer: str, ticket: Ticket) -> float:
-    """1 for a well-formed triage whose product, if it names one, stands in the message."""
+def adequate(answer: str, ticket: Ticket) -> float:
+    """1 for a well-formed triage whose urgency is not too low and whose action helps."""
     try:
         claimed = Triage.parse(answer)
     except ValueError:
         return 0.0
-    return float(claimed.product is None or claimed.product in ticket.text)
+    in_time = URGENCIES.index(claimed.urgency) >= URGENCIES.index(ticket.triage.urgency)
+    return float(in_time and claimed.action in (ticket.triage.action, "call"))
 
 
+start_reward = np.mean(
+    [
+        adequate(text, ticket)
+        for run in range(runs)
+        for text, ticket in zip(start[run].texts(tokenizer), each(tests[run], 8), strict=True)
+    ]
+)
+print(f"of the finetuned policy's samples {start_reward:.0%} are adequate\n")
 for answer in (tests[0][0].triage.to_json(), "I do not know", "{}"):
-    print(f"mentions {mentions(answer, tests[0][0]):.2f}   plausible {plausible(answer, tests[0][0]):.2f}   {answer}")
+    print(f"mentions {mentions(answer, tests[0][0]):.2f}   adequate {adequate(answer, tests[0][0]):.2f}   {answer}")
 
 # %% [markdown]
 # **Exercise.** Break both before you train on them. Each function gets the message alone, not its triage.
 #
 # 1. `fool_mentions(message)` returns an answer that `mentions` gives 1.0 for *every* ticket, and that is no triage at all. It needs no understanding of the message.
-# 2. `fool_plausible(message)` returns an answer that `plausible` gives 1.0 for every ticket, the same one whatever the message says.
+# 2. `fool_adequate(message)` returns an answer that `adequate` gives 1.0 for every ticket, the same one whatever the message says.
 #
-# 3. *Predict.* You train against `plausible` below, from a policy whose share of right triages is the number printed above the experiment's curves. `predicted_reward` and `predicted_exact` (0 to 1) are the mean reward and the share of right triages after that training. Graded for being shares.
+# 3. *Predict.* Further down you train against `adequate`. The share of right samples and of adequate ones before that training is printed above. `predicted_reward` and `predicted_exact` (0 to 1) are the two after it: the mean reward and the share of right triages. Graded for being shares.
 #
 # The labels are in `CATEGORIES`, `URGENCIES` and `ACTIONS`. *About 2 lines.*
 #
-# <details><summary>Hint 1</summary>For the first: what may an answer contain besides the right value? For the second: which claim about the product can never be refuted?</details>
+# <details><summary>Hint 1</summary>For the first: what may an answer contain besides the right value? For the second: which urgency is never too low, and which action is never useless?</details>
 # <details><summary>Hint 2</summary>A product that is named in a ticket stands in its message. A ticket without one has the value null.</details>
-# <details><summary>Hint 3</summary>First: the message, the word null and all labels, joined by spaces. Second: a <code>Triage</code> with product <code>None</code> and any labels, as JSON.</details>
+# <details><summary>Hint 3</summary>First: the message, the word null and all labels, joined by spaces. Second: a <code>Triage</code> of the highest urgency that asks for a call, as JSON.</details>
 
 
 # %% exercise="fool" difficulty=1 minutes=7
@@ -173,10 +193,10 @@ def fool_mentions(message: str) -> str:
     ### END SOLUTION
 
 
-def fool_plausible(message: str) -> str:
-    """Return the one answer with full reward from `plausible` for every message."""
+def fool_adequate(message: str) -> str:
+    """Return the one answer with full reward from `adequate` for every message."""
     ### BEGIN SOLUTION
-    return Triage(None, "setup", "low", "explain").to_json()
+    return Triage(None, "setup", "high", "call").to_json()
     ### END SOLUTION
 
 
@@ -212,13 +232,13 @@ assert all(mentions(fool_mentions(_one.text), _one) == 1 for _one in _some), (
 
 # %% check="fool" points=1
 some = World(LESSON_SEEDS[700]).tickets(80)
-given = {fool_plausible(one.text) for one in some}
+given = {fool_adequate(one.text) for one in some}
 assert len(given) == 1, f"One answer for all messages: yours gives {len(given)} different ones to 80 tickets"
-assert Triage.parse(fool_plausible("")).product is None, (
-    "A product can be checked against the message; say that none is named: product None"
-)
-assert all(plausible(fool_plausible(one.text), one) == 1 for one in some), (
-    "plausible refuses your answer: it has to be the JSON of a Triage with known labels"
+claimed = Triage.parse(given.pop())
+assert claimed.urgency == "high", f"Urgency {claimed.urgency} is too low for some tickets: which one never is?"
+assert claimed.action == "call", f"Action {claimed.action} is refused wherever another is right: which one never is?"
+assert all(adequate(fool_adequate(one.text), one) == 1 for one in some), (
+    "adequate refuses your answer: it has to be the JSON of a Triage with known labels"
 )
 
 # %% check="fool" points=1
@@ -232,8 +252,8 @@ def fool_mentions(message):
     return " ".join([message, *CATEGORIES, *URGENCIES, *ACTIONS])
 
 
-def fool_plausible(message):
-    return Triage(None, "setup", "low", "explain").to_json()
+def fool_adequate(message):
+    return Triage(None, "setup", "high", "call").to_json()
 
 
 predicted_reward, predicted_exact = 0.98, 0.1
@@ -244,8 +264,8 @@ def fool_mentions(message):
     return " ".join(["null", *CATEGORIES, *URGENCIES, *ACTIONS])
 
 
-def fool_plausible(message):
-    return Triage(None, "setup", "low", "explain").to_json()
+def fool_adequate(message):
+    return Triage(None, "setup", "high", "call").to_json()
 
 
 predicted_reward, predicted_exact = 0.98, 0.1
@@ -256,8 +276,8 @@ def fool_mentions(message):
     return " ".join([message, "null", *CATEGORIES, *URGENCIES, *ACTIONS])
 
 
-def fool_plausible(message):
-    return Triage(message.split()[0] if message else None, "setup", "low", "explain").to_json()
+def fool_adequate(message):
+    return Triage(message.split()[0] if message else None, "setup", "high", "call").to_json()
 
 
 predicted_reward, predicted_exact = 0.98, 0.1
@@ -268,11 +288,23 @@ def fool_mentions(message):
     return " ".join([message, "null", *CATEGORIES, *URGENCIES, *ACTIONS])
 
 
-def fool_plausible(message):
-    return Triage(None, "setup", "low", "explain").to_json()
+def fool_adequate(message):
+    return Triage(None, "setup", "high", "call").to_json()
 
 
 predicted_reward, predicted_exact = 98, 10
+
+
+# %% mistake="an average urgency" of="fool" says="is too low for some tickets"
+def fool_mentions(message):
+    return " ".join([message, "null", *CATEGORIES, *URGENCIES, *ACTIONS])
+
+
+def fool_adequate(message):
+    return Triage(None, "setup", "normal", "call").to_json()
+
+
+predicted_reward, predicted_exact = 0.98, 0.1
 
 
 # %% alternative="other words" of="fool"
@@ -280,7 +312,7 @@ def fool_mentions(message):
     return f"{CATEGORIES} {URGENCIES} {ACTIONS} null or a word of {message!s}"
 
 
-def fool_plausible(message):
+def fool_adequate(message):
     return '{"product": null, "category": "billing", "urgency": "high", "action": "call"}'
 
 
@@ -288,7 +320,7 @@ predicted_reward, predicted_exact = 0.5, 0.5
 
 
 # %% [markdown]
-# Neither answer is far-fetched. The first is what a model does that "considers all options" before it answers. The second is abstention: never wrong about the product, because it never names one. The policy samples null now and then, since some tickets have no product. That is all that reinforcement needs.
+# Neither answer is far-fetched. The first is what a model does that "considers all options" before it answers. The second escalates everything, as a careful clerk does on a bad day: each single decision can be defended, and the desk drowns in calls. The policy samples "high" and "call" now and then, since some tickets deserve them. That is all that reinforcement needs.
 #
 # ## A verifier without holes
 #
@@ -842,7 +874,7 @@ with tempfile.TemporaryDirectory() as folder:
         folder, num_generations=parity_group, per_device_train_batch_size=parity_group * parity_prompts,
         num_iterations=2, beta=parity_beta, epsilon=epsilon, learning_rate=learning_rate, max_steps=2,
         max_completion_length=longest_answer, lr_scheduler_type="constant", weight_decay=0.0, bf16=False,
-        gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        activation_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
         use_cpu=device == "cpu", dataloader_pin_memory=False, seed=seed,
     )  # fmt: skip
     trainer = Recorder(
@@ -867,31 +899,26 @@ formats = {"your loss": "{:.6f}", "trl's loss": "{:.6f}", table.columns[-1]: "{:
 display(table.style.format(formats).hide(axis="index"))
 print(f"largest difference of the losses {parity:.0e}, of the advantages {gap:.0e}")
 card.record("parity", parity, format=".0e", tolerance=1e-3, label="your loss and trl's, largest difference")
-card.record(
-    "parity_advantages", gap, format=".0e", tolerance=1e-3, label="your advantages and trl's, largest difference"
-)
 
 # %% [markdown]
-# The losses agree within {{parity}}, the advantages within {{parity_advantages}}: rounding, since `trl` divides the logits and chunks the batch in another order. The reference's log-probabilities came from the same weights with the adapter switched off, so the reference costs a forward pass and no memory.
+# The losses agree within {{parity}}, and what is left is rounding. Of the two differences the second update's is the one that tests the ratio and the clip: at the first, $\pi$ is $\pi_{old}$. The reference's log-probabilities came from the same weights with the adapter switched off, so the reference costs a forward pass and no memory.
 #
 # Below you train with your own functions, in a loop that you can read whole.
 
 # %% [markdown]
 # ## Where the policy starts
 #
-# Sample eight answers to each test ticket and count the right ones.
+# Before you train on `verify`, look at what it finds among the eight answers to each test ticket.
+
 
 # %%
-start = [sample(model, tests[run], 8, seed + run) for run in range(runs)]
-
-
 def judged(
     answers: rollouts.Rollouts, tickets: Sequence[Ticket], verifier: Callable[[str, Ticket], float]
 ) -> np.ndarray:
     """The reward of each answer, (tickets, group)."""
     group = len(answers) // len(tickets)
-    texts = answers.texts(tokenizer)
-    return np.array([verifier(text, tickets[row // group]) for row, text in enumerate(texts)]).reshape(-1, group)
+    asked = zip(answers.texts(tokenizer), each(tickets, group), strict=True)
+    return np.array([verifier(text, ticket) for text, ticket in asked]).reshape(-1, group)
 
 
 before = [judged(start[run], tests[run], verify) for run in range(runs)]
@@ -918,7 +945,7 @@ print(f"pass@1 {np.mean(start_rates):.1%}, pass@8 {np.mean(np.array(start_rates)
 # **Exercise.** Two things.
 #
 # 1. `pass_at_k(right, k)` returns the mean over the prompts, a float. `right` is a bool array `(p, n)`, `k` at most $n$. For `[[1, 0, 0, 0]]` and k = 2 it is 0.5, for `[[1, 1, 1, 0]]` it is 1. *About 3 lines.*
-# 2. *Predict.* `predicted_pass1` and `predicted_pass8` (0 to 1): the two after {{steps}} steps against `verify`, given where the policy starts, which is printed in the cell above. Graded for being shares.
+# 2. *Predict.* `predicted_pass1` and `predicted_pass8` (0 to 1): the two after {{steps}} steps against `verify`, given where the policy starts, which is printed above. Graded for being shares.
 #
 # <details><summary>Hint 1</summary>How many subsets of size k hold wrong answers only? What if there are fewer than k wrong ones?</details>
 # <details><summary>Hint 2</summary><code>math.comb(a, k)</code> is 0 when a &lt; k, so no case is special. It wants Python's ints.</details>
@@ -1168,7 +1195,7 @@ def reinforce(run: int, verifier: Callable[[str, Ticket], float], group: int, la
         tickets = [pools[run][i] for i in order.choice(len(pools[run]), generations // group, replace=False)]
         answers = sample(policy, tickets, group, seed=10_000 * (run + 1) + step)
         rewards = judged(answers, tickets, verifier)
-        advantages = group_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten().to(model.device)
+        advantages = group_advantages(torch.tensor(rewards, dtype=torch.float32))
         rows.append(
             {
                 "reward": rewards.mean(),
@@ -1177,16 +1204,16 @@ def reinforce(run: int, verifier: Callable[[str, Ticket], float], group: int, la
                 "speaking": float((rewards.std(axis=1) > 0).mean()),
             }
         )
-        live = advantages != 0
-        if not live.any():
+        speaking = torch.tensor(rewards.std(axis=1) > 0)
+        if not speaking.any():
             continue  # every group was silent: the step has taught nothing
-        heard = answers.rows(live)
+        heard, advantages = answers.groups(speaking), advantages[speaking].flatten().to(model.device)
         share = heard.completion_mask.sum() / answers.completion_mask.sum()
         old = None
         for _ in range(updates):
             logps = rollouts.logps(policy, heard)
             old = logps.detach() if old is None else old
-            loss = share * grpo_loss(logps, old, old, advantages[live], heard.completion_mask, epsilon, beta=0.0)
+            loss = share * grpo_loss(logps, old, old, advantages, heard.completion_mask, epsilon, beta=0.0)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -1196,12 +1223,17 @@ def reinforce(run: int, verifier: Callable[[str, Ticket], float], group: int, la
         "curve": pd.DataFrame(rows),
         "exact": judged(answers, tests[run], verify),
         "reward": judged(answers, tests[run], verifier),
-        "null": float(np.mean(['"product": null' in text for text in answers.texts(tokenizer)])),
+        "escalated": float(judged(answers, tests[run], escalated).mean()),
         "kl": distance(policy, answers),
         "texts": answers.texts(tokenizer)[:8],
     }
     policy.unload()
     return found
+
+
+def escalated(answer: str, ticket: Ticket) -> float:
+    """1 for the answer that always satisfies `adequate`: urgency high, action call."""
+    return float('"urgency": "high", "action": "call"' in answer)
 
 
 def well_formed(answer: str, ticket: Ticket) -> float:
@@ -1216,19 +1248,19 @@ def well_formed(answer: str, ticket: Ticket) -> float:
 # %% [markdown]
 # ### The weak verifier, optimised
 #
-# First `plausible`: no labels, well-formed triages, no invented products.
+# First `adequate`: urgent tickets must not wait, and a call always helps.
 
 # %%
-hacked = [reinforce(run, plausible, 8 if generations >= 64 else generations, "plausible") for run in range(runs)]
+hacked = [reinforce(run, adequate, 8 if generations >= 64 else generations, "adequate") for run in range(runs)]
 
 
 # %%
 def curves(ax: plt.Axes, results: list[dict], column: str, colour: str, label: str) -> None:
     """The runs as thin lines and their mean as a thick one, in percent of the sampled answers."""
-    each = np.stack([result["curve"][column].to_numpy() for result in results])
-    for one in each:
+    every = np.stack([result["curve"][column].to_numpy() for result in results])
+    for one in every:
         ax.plot(range(1, steps + 1), one, color=colour, lw=0.8, alpha=0.5)
-    ax.plot(range(1, steps + 1), each.mean(axis=0), color=colour, lw=2.5, label=label)
+    ax.plot(range(1, steps + 1), every.mean(axis=0), color=colour, lw=2.5, label=label)
 
 
 fig, ax = plt.subplots()
@@ -1239,7 +1271,7 @@ ax.set(
     xlabel="step",
     ylabel="share of the sampled answers",
     ylim=(-0.03, 1.05),
-    title="Trained against plausible: the reward rises",
+    title="Trained against adequate: the reward rises",
 )
 label_lines(ax)
 plt.show()
@@ -1247,23 +1279,24 @@ print(tests[0][0].text, "\n")
 print("\n".join(hacked[0]["texts"][:4]))
 hacked_reward = np.mean([result["reward"].mean() for result in hacked])
 hacked_exact = np.mean([result["exact"].mean() for result in hacked])
-hacked_null = np.mean([result["null"] for result in hacked])
-start_reward = np.mean([judged(start[run], tests[run], plausible).mean() for run in range(runs)])
-start_null = np.mean(['"product": null' in text for one in start for text in one.texts(tokenizer)])
-gold_null = np.mean([one.triage.product is None for part in tests for one in part])
+start_escalated = np.mean([judged(start[run], tests[run], escalated).mean() for run in range(runs)])
+hacked_escalated = np.mean([result["escalated"] for result in hacked])
+gold_escalated = np.mean(
+    [(one.triage.urgency, one.triage.action) == ("high", "call") for part in tests for one in part]
+)
 compare([("reward", predicted_reward, hacked_reward), ("right triages", predicted_exact, hacked_exact)], format=".0%")
 for name, value, label in [
-    ("start_reward", start_reward, "reward of plausible before"),
-    ("hacked_reward", hacked_reward, "reward of plausible after training against it"),
-    ("hacked_exact", hacked_exact, "pass@1 after training against plausible"),
-    ("start_null", start_null, "answers with product null before"),
-    ("hacked_null", hacked_null, "answers with product null after training against plausible"),
-    ("gold_null", gold_null, "tickets without a product"),
+    ("start_reward", start_reward, "reward of adequate before"),
+    ("hacked_reward", hacked_reward, "reward of adequate after training against it"),
+    ("hacked_exact", hacked_exact, "pass@1 after training against adequate"),
+    ("start_escalated", start_escalated, "answers with urgency high and action call, before"),
+    ("hacked_escalated", hacked_escalated, "the same after training against adequate"),
+    ("gold_escalated", gold_escalated, "tickets for which that is right"),
 ]:
     card.record(name, value, format=".0%", label=label, tolerance=0.15)
 
 # %% [markdown]
-# The reward on test tickets goes from {{start_reward}} to {{hacked_reward}}, while the share of right triages ends at {{hacked_exact}}. The share of answers whose product is null goes from {{start_null}} to {{hacked_null}}; it is right for {{gold_null}} of the tickets. A dashboard with reward and validity alone shows success.
+# The reward on test tickets goes from {{start_reward}} to {{hacked_reward}}, while the share of right triages goes from {{pass1_before}} to {{hacked_exact}}. Answers with urgency high and action call go from {{start_escalated}} to {{hacked_escalated}}; they are right for {{gold_escalated}} of the tickets. A dashboard with reward and validity alone shows success.
 #
 # The thin lines are runs. The figure does not show that every weak verifier is exploited: an exploit has to be sampled before it can be reinforced. `fool_mentions` is open to attack as well, yet this policy has never written such a text, so no gradient leads there. A larger model samples more widely, and finds more.
 #
@@ -1280,7 +1313,7 @@ main = trained[8] if 8 in trained else trained[sizes[-1]]
 fig, ax = plt.subplots()
 curves(ax, main, "valid", COLOURS.before, "well-formed")
 curves(ax, main, "exact", COLOURS.after, "right = reward")
-curves(ax, hacked, "exact", COLOURS.wrong, "right, plausible")
+curves(ax, hacked, "exact", COLOURS.wrong, "right, adequate")
 ax.set(
     xlabel="step",
     ylabel="share of the sampled answers",
@@ -1314,7 +1347,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
 policies = {
     "before": (pass_curve(before), COLOURS.before),
     "verify": (pass_curve([result["exact"] for result in main]), COLOURS.after),
-    "plausible": (pass_curve([result["exact"] for result in hacked]), COLOURS.wrong),
+    "adequate": (pass_curve([result["exact"] for result in hacked]), COLOURS.wrong),
 }
 fig, ax = plt.subplots()
 for name, (values, colour) in policies.items():
@@ -1359,7 +1392,7 @@ card.record(
     np.mean([result["kl"] for result in hacked]),
     format=".1f",
     unit="nats",
-    label="KL an answer, plausible",
+    label="KL an answer, adequate",
     tolerance=3.0,
 )
 card.record("steps", steps, format="d", label="steps of reinforcement")
@@ -1375,7 +1408,7 @@ compare(
 # %% [markdown]
 # Pass@1 moves by {{gain}} points ({{gain:interval}}), pass@8 by {{gain8}} ({{gain8:interval}}); these are 95 % t intervals over the differences of {{steps}}-step runs, which have different companies, starts and samples. A pass@1 that rises by more than pass@8 is a sharpened distribution: mass moved to answers that the policy found before in some of its tries. Eight samples say little about large k, where Yue et al. (2025) look; draw more before you claim that something new was learnt.
 #
-# The KL of an answer from the reference is {{kl}} nats after `verify` and {{kl_hacked}} after `plausible`. So a bound on the KL does not tell the good policy from the bad one; it only limits how far either can go.
+# The KL of an answer from the reference is {{kl}} nats after `verify` and {{kl_hacked}} after `adequate`. So a bound on the KL does not tell the good policy from the bad one; it only limits how far either can go.
 #
 # ### What your decision is worth
 
@@ -1448,7 +1481,7 @@ card.show()
 #
 # <details><summary>Your reward rose from {{start_reward}} to {{hacked_reward}}. How do you know that the model got better?</summary>
 #
-# You do not; the reward says that the verifier is satisfied. Score samples with something the optimiser never saw: labels, a second verifier, a person. Here the share of right triages ended at {{hacked_exact}}, because a product of null could not be refuted. Look for answers that have become constant, at the distribution of each field, and attack the verifier by hand before training does: an answer that ignores the input must earn nothing.
+# You do not; the reward says that the verifier is satisfied. Score samples with something the optimiser never saw: labels, a second verifier, a person. Here the share of right triages ended at {{hacked_exact}}, because urgency high and action call could not be refuted. Look for answers that have become constant, at the distribution of each field, and attack the verifier by hand before training does: an answer that ignores the input must earn nothing.
 # </details>
 #
 # <details><summary>pass@1 rose by {{gain}} points. Did reinforcement teach the model something new?</summary>

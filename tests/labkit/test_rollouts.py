@@ -76,12 +76,11 @@ def test_log_probabilities_are_those_of_each_answer_alone(
         torch.testing.assert_close(got[row, :length], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_lose_padding_and_keep_their_log_probabilities(
+def test_groups_lose_padding_and_keep_their_log_probabilities(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     found = draw(model, tokenizer, group=6)
-    index = torch.arange(12) >= 6
-    part = found.rows(index)
+    part = found.groups(torch.tensor([False, True]))
     assert part.prompt_ids.shape == (6, 2)
     kept = part.completion_mask == 1
     torch.testing.assert_close(
@@ -90,6 +89,23 @@ def test_rows_lose_padding_and_keep_their_log_probabilities(
         atol=1e-5,
         rtol=1e-5,
     )
+
+
+def test_the_gradient_flows_through_the_shared_prompt(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Against one row at a time without a cache: the same sum of log-probabilities has the same gradient."""
+    found = draw(model, tokenizer, group=3)
+    weights = [model.model.layers[0].self_attn.k_proj.weight, model.model.layers[1].mlp.up_proj.weight]
+    shared = torch.autograd.grad((rollouts.logps(model, found) * found.completion_mask).sum(), weights)
+    total = torch.zeros(())
+    for row in range(len(found)):
+        prompt, length = PROMPTS[row // 3], int(found.completion_mask[row].sum())
+        answer = found.completion_ids[row, :length]
+        logits = model(torch.cat([torch.tensor(prompt), answer])[None]).logits[0, len(prompt) - 1 : -1]
+        total = total + logits.log_softmax(dim=-1).gather(1, answer[:, None]).sum()
+    for got, expected in zip(shared, torch.autograd.grad(total, weights), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
