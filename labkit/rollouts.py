@@ -104,7 +104,8 @@ def logps(model: PreTrainedModel, rollouts: Rollouts) -> Tensor:
     if rollouts.completion_ids.shape[1] > 1:
         later = _forward(model, rollouts.completion_ids[:, :-1], seen, cache, every=True)
     logits = torch.cat([first[:, None], later], dim=1).float()
-    return -cross_entropy(logits.transpose(1, 2), rollouts.completion_ids, reduction="none")
+    targets = rollouts.completion_ids
+    return -cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
