@@ -78,7 +78,7 @@ card = ResultCard("2_6_reinforcement_from_verifiable_rewards")
 #
 # The task is the triage of lesson 2.1: a ticket in, one line of JSON out. Reinforcement can only make more likely what the policy already samples, so it starts from a **short** supervised finetuning of all weights, stopped long before it is good. This finetuned model is the **reference** $\pi_{ref}$; the policy $\pi$ is the reference with a LoRA adapter on it.
 #
-# From here on there are no target answers in any loss. The training sees tickets, its own samples, and a number for each sample.
+# From here on there are no target answers in any loss. The training sees tickets, its own samples, and a number for each sample. In this world the number comes from a comparison with the known triage, so that everything can be measured exactly; at work it comes from a program that checks what nobody has written down. Where you do have the right answers, supervised finetuning on them learns more from each: a target says what every token should be, a verdict is one bit.
 
 # %%
 model, tokenizer = base_model.load(model_id, device=device)  # in eval mode and float32
@@ -136,7 +136,7 @@ print(f"\nof the finetuned policy's samples {np.mean(right):.0%} are right")
 # %% [markdown]
 # ## Two verifiers that look reasonable
 #
-# A verifier takes an answer and its ticket and returns a reward from 0 to 1. Here are two that have passed many a code review.
+# A verifier takes an answer and its ticket and returns a reward from 0 to 1. Here are two that would pass a review.
 #
 # - `mentions` gives a quarter for each of the four right values that stands in the answer. It forgives any format, which helps a young policy: it has something to reinforce.
 # - `adequate` is a rubric of the support desk, where mistakes do not cost the same. A triage is adequate when it is well-formed, its urgency is *not too low* (an urgent ticket must not wait) and its action *helps*: the right one, or a call, which settles anything. Product and category are left to the clerk, who sees them anyway.
@@ -1346,6 +1346,12 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def share_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """The same for shares, which end at 0 and 1."""
+    mean, low, high = mean_interval(values)
+    return mean, max(0.0, low), min(1.0, high)
+
+
 policies = {
     "before": (pass_curve(before), COLOURS.before),
     "verify": (pass_curve([result["exact"] for result in main]), COLOURS.after),
@@ -1419,7 +1425,7 @@ fig, ax = plt.subplots()
 rows = []
 for place, size in enumerate(sizes):
     finals = np.array([result["exact"].mean() for result in trained[size]])
-    middle, low, high = mean_interval(finals)
+    middle, low, high = share_interval(finals)
     colour = COLOURS.after if size == my_plan else COLOURS.before
     intervals(ax, [place], [middle], [low], [high], colour)
     ax.plot([place + 0.12] * runs, finals, "_", ms=14, mew=2, color=colour)
