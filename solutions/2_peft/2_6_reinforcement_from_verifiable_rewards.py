@@ -657,10 +657,10 @@ def speaks(q, g):
 # %%
 fig, ax = plt.subplots()
 rates = np.linspace(0, 1, 101)
-for size, colour in ((2, COLOURS.before), (8, COLOURS.after), (32, COLOURS.other)):
+for size, place, colour in ((2, 0.5, COLOURS.before), (8, 0.2, COLOURS.after), (32, 0.03, COLOURS.other)):
     curve = [speaks(q, size) for q in rates]
     ax.plot(rates, curve, color=colour)
-    direct_label(ax, 0.5, speaks(0.5, size), f"g = {size}", colour, offset=(-16, -16 if size > 2 else 6))
+    direct_label(ax, place, speaks(place, size), f"g = {size}", colour, offset=(8, -12))
 ax.set(xlabel="success rate of the prompt", ylabel="probability that the group speaks", ylim=(0, 1.05))
 ax.set_title("A group of equals is silent")
 plt.show()
