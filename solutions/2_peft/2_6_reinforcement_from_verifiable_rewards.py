@@ -837,16 +837,19 @@ def grpo_loss(logps, old, reference, advantages, mask, epsilon, beta):
 # ## Match: `trl`'s trainer, in its own run
 #
 # `GRPOTrainer` takes prompts and a reward function. It samples, scores, computes advantages, and updates; the extra columns of its data set arrive in the reward function as keyword arguments. You let it run two updates on one batch (`num_iterations=2`), with a KL coefficient above zero, and record what its loss is given and what it returns. The second update is the interesting one: there the ratios have left 1.
+#
+# One default has to be switched off for your formula. With `use_bias_correction_kl=True`, `trl` multiplies $k_{it}$ by $\rho_{it}$. The value of $k$ is an unbiased estimate of the KL, but its gradient is not one of the KL's gradient; with the ratio it is (DeepSeek-V3.2, 2025). The table shows both forms.
 
 # %%
 parity_beta, parity_group, parity_prompts = 0.1, 4, 4
 seen: list[float] = []  # the rewards, in the order in which trl asks for them
-record: list[tuple[dict, Tensor, Tensor]] = []  # inputs, log-probabilities and loss of each update
+record: list[tuple[dict, Tensor, float, float]] = []  # of each update: inputs, log-probabilities, loss in two forms
 
 
-def reward_for_trl(completions: list[str], ticket: list[int], **columns: object) -> list[float]:
-    """What trl calls: texts and the columns of the data set in, rewards out. An uneven reward, so that groups speak."""
-    found = [mentions(text, tests[0][index]) for text, index in zip(completions, ticket, strict=True)]
+def reward_for_trl(completions: list[list[dict]], ticket: list[int], **columns: object) -> list[float]:
+    """What trl calls: chats and the columns of the data set in, rewards out. `mentions` has grades, so groups speak."""
+    texts = [chat[-1]["content"] for chat in completions]  # prompts are chats, so completions are chats as well
+    found = [mentions(text, tests[0][index]) for text, index in zip(texts, ticket, strict=True)]
     seen.extend(found)
     return found
 
@@ -861,7 +864,10 @@ class Recorder(GRPOTrainer):
             *(kept[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
         )
         with torch.no_grad():
-            record.append((kept, rollouts.logps(model, batch), loss.detach().clone()))
+            self.args.use_bias_correction_kl = True  # trl's default
+            corrected = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self.args.use_bias_correction_kl = False
+            record.append((kept, rollouts.logps(model, batch), loss.item(), corrected.item()))
         return loss
 
 
@@ -874,7 +880,7 @@ columns = datasets.Dataset.from_list(
 with tempfile.TemporaryDirectory() as folder:
     settings = GRPOConfig(
         folder, num_generations=parity_group, per_device_train_batch_size=parity_group * parity_prompts,
-        num_iterations=2, beta=parity_beta, epsilon=epsilon, learning_rate=learning_rate, max_steps=2,
+        num_iterations=2, beta=parity_beta, use_bias_correction_kl=False, epsilon=epsilon, learning_rate=learning_rate, max_steps=2,
         max_completion_length=longest_answer, lr_scheduler_type="constant", weight_decay=0.0, bf16=False,
         activation_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
         use_cpu=device == "cpu", dataloader_pin_memory=False, seed=seed,
@@ -887,23 +893,25 @@ with tempfile.TemporaryDirectory() as folder:
     trainer.train()
 
 rows = []
-for update, (inputs, logps, loss) in enumerate(record):
+for update, (inputs, logps, loss, corrected) in enumerate(record):
     arguments = [inputs.get(key) for key in ("old_per_token_logps", "ref_per_token_logps", "advantages")]
     mine = grpo_loss(logps, *arguments, inputs["completion_mask"], epsilon, parity_beta)
     ratios = (logps - arguments[0]).exp()[inputs["completion_mask"] == 1]
-    rows.append((update + 1, mine.item(), loss.item(), ((ratios - 1).abs() > epsilon).float().mean().item()))
-parity = max(abs(mine - theirs) for _, mine, theirs, _ in rows)
+    rows.append((update + 1, mine.item(), loss, corrected, ((ratios - 1).abs() > epsilon).float().mean().item()))
+parity = max(abs(row[1] - row[2]) for row in rows)
 advantages = group_advantages(torch.tensor(seen).view(-1, parity_group)).flatten().sort().values
 # The trainer shuffles the rows of a batch before its updates, so compare the sorted advantages.
 gap = (advantages - record[0][0]["advantages"].cpu().sort().values).abs().max().item()
-table = pd.DataFrame(rows, columns=["update", "your loss", "trl's loss", "share of the ratios beyond the clip"])
-formats = {"your loss": "{:.6f}", "trl's loss": "{:.6f}", table.columns[-1]: "{:.0%}"}
+names = ["update", "your loss", "trl's loss", "trl's, its default KL", "ratios beyond the clip"]
+table = pd.DataFrame(rows, columns=names)
+formats = dict.fromkeys(names[1:4], "{:.6f}") | {names[4]: "{:.0%}"}
 display(table.style.format(formats).hide(axis="index"))
+print("rewards, a group a row:", *torch.tensor(seen).view(-1, parity_group).tolist(), sep="\n")
 print(f"largest difference of the losses {parity:.0e}, of the advantages {gap:.0e}")
 card.record("parity", parity, format=".0e", tolerance=1e-3, label="your loss and trl's, largest difference")
 
 # %% [markdown]
-# The losses agree within {{parity}}, and what is left is rounding. Of the two differences the second update's is the one that tests the ratio and the clip: at the first, $\pi$ is $\pi_{old}$. The reference's log-probabilities came from the same weights with the adapter switched off, so the reference costs a forward pass and no memory.
+# The losses agree within {{parity}}, and what is left is rounding. Of the two rows the second is the one that tests the ratio: at the first update $\pi$ is $\pi_{old}$. Agreement of two zeros would prove nothing, so the rewards are printed as well. (A reward function that takes a chat for a text finds nothing in it, gives everyone 0, and every group is silent: no error, no training.) The reference's log-probabilities came from the same weights with the adapter switched off, so the reference costs a forward pass and no memory.
 #
 # Below you train with your own functions, in a loop that you can read whole.
 
@@ -1227,7 +1235,7 @@ def reinforce(run: int, verifier: Callable[[str, Ticket], float], group: int, la
         "reward": judged(answers, tests[run], verifier),
         "escalated": float(judged(answers, tests[run], escalated).mean()),
         "kl": distance(policy, answers),
-        "texts": answers.texts(tokenizer)[:8],
+        "texts": answers.texts(tokenizer),
     }
     policy.unload()
     return found
@@ -1258,7 +1266,7 @@ hacked = [reinforce(run, adequate, 8 if generations >= 24 else generations, "ade
 
 # %%
 def curves(ax: plt.Axes, results: list[dict], column: str, colour: str, label: str) -> None:
-    """The runs as thin lines and their mean as a thick one, in percent of the sampled answers."""
+    """The runs as thin lines and their mean as a thick one."""
     every = np.stack([result["curve"][column].to_numpy() for result in results])
     for one in every:
         ax.plot(range(1, steps + 1), one, color=colour, lw=0.8, alpha=0.5)
@@ -1277,8 +1285,9 @@ ax.set(
 )
 label_lines(ax)
 plt.show()
-print(tests[0][0].text, "\n")
-print("\n".join(hacked[0]["texts"][:4]))
+calm = next((i for i, one in enumerate(tests[0]) if one.triage.urgency == "low" and one.triage.action != "call"), 0)
+print(tests[0][calm].text, "\n\nright:", tests[0][calm].triage.to_json(), "\n")
+print("\n".join(hacked[0]["texts"][8 * calm : 8 * calm + 4]))
 hacked_reward = np.mean([result["reward"].mean() for result in hacked])
 hacked_exact = np.mean([result["exact"].mean() for result in hacked])
 start_escalated = np.mean([judged(start[run], tests[run], escalated).mean() for run in range(runs)])
@@ -1416,7 +1425,7 @@ compare(
 # %% [markdown]
 # Pass@1 moves by {{gain}} points ({{gain:interval}}), pass@8 by {{gain8}} ({{gain8:interval}}); these are 95 % t intervals over the differences of {{steps}}-step runs, which have different companies, starts and samples. A pass@1 that rises by more than pass@8 is a sharpened distribution: mass moved to answers that the policy found before in some of its tries. Eight samples say little about large k, where Yue et al. (2025) look; draw more before you claim that something new was learnt.
 #
-# The KL of an answer from the reference is {{kl}} nats after `verify` and {{kl_hacked}} after `adequate`. So a bound on the KL does not tell the good policy from the bad one; it only limits how far either can go.
+# The KL of an answer from the reference is {{kl}} nats after `verify` and {{kl_hacked}} after `adequate`, at the same number of updates. Read it beside the reward: it says how much of the reference was given up for it. A KL term in the loss limits how far *any* policy goes, the honest one and the other; it buys time, and does not repair a verifier.
 #
 # ### What your decision is worth
 
@@ -1468,7 +1477,7 @@ display(
 #
 # - **The start.** An instruct model writes JSON from a prompt that names the keys and labels; then no finetuning is needed, and `sft_steps` may be 1. Look at the histogram of success rates first: without tickets between 0 and 1 there is nothing to reinforce.
 # - **The trainer.** Take `GRPOTrainer` with `verify` wrapped as `reward_for_trl` is above, and a generation engine (`use_vllm=True`): sampling is most of the time. With another engine the sampler's log-probabilities differ from the trainer's, and `trl` corrects for the ratio (`vllm_importance_sampling_correction`).
-# - **Defaults to decide on.** `loss_type="dapo"`, `beta=0.0`, `epsilon=0.2`, `scale_rewards="group"`, `num_generations=8`. `"dr_grpo"` with `scale_rewards=False` removes the biases of length and difficulty; `epsilon_high=0.28` is DAPO's higher upper clip, which lets rare tokens grow.
+# - **Defaults to decide on.** `loss_type="dapo"`, `beta=0.0`, `epsilon=0.2`, `scale_rewards="group"`, `use_bias_correction_kl=True`, `num_generations=8`. `"dr_grpo"` with `scale_rewards=False` removes the biases of length and difficulty; `epsilon_high=0.28` is DAPO's higher upper clip, which lets rare tokens grow.
 # - **Length.** Answers of thousands of tokens make truncation common. `mask_truncated_completions=True` keeps a cut-off answer from counting as a wrong one.
 # - **The log to watch.** `frac_reward_zero_std` is the share of silent groups, and `kl` is there only with β above 0. Add what the verifier does not measure: exact match on labelled tickets that were never trained on, and twenty answers read by a person.
 # - **Precision.** The ratio is an exponential of a difference of log-probabilities; in bfloat16 sampling and training differ enough to clip tokens that never moved. Compare them on one batch first.
@@ -1506,6 +1515,7 @@ card.show()
 # - Qiying Yu et al., [DAPO: An Open-Source LLM Reinforcement Learning System at Scale](https://arxiv.org/abs/2503.14476), 2025. Section 3: clip-higher, dynamic sampling, token-level loss.
 # - John Schulman et al., [Proximal Policy Optimization Algorithms](https://arxiv.org/abs/1707.06347), 2017. Section 3: the clipped objective.
 # - John Schulman, [Approximating KL Divergence](http://joschu.net/blog/kl-approx.html), 2020. The estimator k3.
+# - DeepSeek-AI, [DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models](https://arxiv.org/abs/2512.02556), 2025. The KL estimator with the ratio, and other repairs of GRPO.
 # - Mark Chen et al., [Evaluating Large Language Models Trained on Code](https://arxiv.org/abs/2107.03374), 2021. Section 2.1: pass@k.
 # - Yang Yue et al., [Does Reinforcement Learning Really Incentivize Reasoning Capacity in LLMs Beyond the Base Model?](https://arxiv.org/abs/2504.13837), 2025.
 # - Leo Gao, John Schulman, Jacob Hilton, [Scaling Laws for Reward Model Overoptimization](https://arxiv.org/abs/2210.10760), 2022. Proxy against true reward, as a function of KL.
