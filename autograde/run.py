@@ -27,7 +27,7 @@ Parameters = Mapping[str, Any]
 Progress = Callable[[Path, int, int], None]
 
 # Guards against a lesson that hangs, with room for a busy machine; an author's budget is in docs/authoring.md.
-LIMITS = Limits(seconds=360, mebibytes=3 * 1024)
+LIMITS = Limits(seconds=900, mebibytes=3 * 1024)
 # One thread a library, on every machine and for any number of lessons at once: the order in which a sum is taken, and
 # with it the last digits of every result, would otherwise depend on both.
 _ENVIRONMENT = {
