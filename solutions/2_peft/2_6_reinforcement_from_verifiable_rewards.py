@@ -1309,7 +1309,7 @@ for name, value, label in [
 # %% [markdown]
 # The reward on test tickets goes from {{start_reward}} to {{hacked_reward}}, while the share of right triages goes from {{pass1_before}} to {{hacked_exact}}. Answers with urgency high and action call go from {{start_escalated}} to {{hacked_escalated}}; they are right for {{gold_escalated}} of the tickets. A dashboard with reward and validity alone shows success.
 #
-# The thin lines are runs. The figure does not show that every weak verifier is exploited: an exploit has to be sampled before it can be reinforced. `fool_mentions` is open to attack as well, yet this policy has never written such a text, so no gradient leads there. A larger model samples more widely, and finds more.
+# The thin lines are runs. The figure does not show that every weak verifier is exploited: an exploit has to be sampled before it can be reinforced. `mentions` is open to attack as well, yet an answer that holds a whole message and every label is longer than a sample may be here: it is never drawn, so no gradient leads there. A larger model samples more widely, and finds more.
 #
 # ### The hole closed
 #
