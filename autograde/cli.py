@@ -1,6 +1,7 @@
 """The command `course`: assembles the commands, and turns a `CourseError` into one line and exit code 1."""
 
 import importlib
+import signal
 import sys
 
 import typer
@@ -45,6 +46,8 @@ def main() -> None:
     asked = sys.argv[1] if len(sys.argv) > 1 else None
     _register(asked if asked in _COMMANDS else None)
     app.callback()(_group)  # keeps `course NAME` a subcommand even when one alone is registered
+    # What schedulers, containers and `timeout` send ends a command as Ctrl-C does: with its kernels, not before them.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except CourseError as error:

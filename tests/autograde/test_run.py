@@ -2,9 +2,14 @@
 
 import fcntl
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -272,3 +277,22 @@ def test_a_lesson_that_runs_already_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(CourseError, match=r"^lesson 1\.1 is being run in this folder already"):
             run_lessons(course, course.sources(), {}, LIMITS, 1, _quiet)
     assert (folder / "executed.ipynb").read_text() == "the other run's"
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM], ids=lambda ending: ending.name)
+def test_a_command_that_is_stopped_takes_its_kernels_along(tmp_path: Path, ending: signal.Signals) -> None:
+    waits = (
+        f"# %%\nfrom pathlib import Path\nimport time\n\nPath({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(600)\n"
+    )
+    course = course_of(tmp_path, _1_1_waits=waits)
+    command = subprocess.Popen(
+        [Path(sys.executable).with_name("course"), "run"], cwd=course.root, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "begun").exists():
+        assert command.poll() is None, "the command ended before its lesson began"
+        time.sleep(0.1)
+    started = psutil.Process(command.pid).children(recursive=True)
+    assert any("ipykernel" in " ".join(process.cmdline()) for process in started)
+    command.send_signal(ending)
+    assert command.wait(timeout=60) != 0
+    assert psutil.wait_procs(started, timeout=10)[1] == []
