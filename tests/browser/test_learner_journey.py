@@ -60,7 +60,7 @@ def test_from_start_page_to_points(lab: Lab, page: Page, screenshots: Path) -> N
     page.screenshot(path=screenshots / "1-start-page.png")
     driver.notebook(page).get_by_role("link", name=parsed.title).click()
     expect(driver.notebook(page).get_by_role("heading", name=parsed.title, level=1)).to_be_visible()
-    driver.wait_for_kernel(page)
+    driver.wait_for_kernel(page, work.relative_to(course.root).as_posix())
     page.screenshot(path=screenshots / "2-lesson.png")
 
     # Everything before the first exercise runs as it stands.
