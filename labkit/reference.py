@@ -4,6 +4,7 @@ transformers and peft. Read at run time from what is installed; none of it is st
 import importlib
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +30,7 @@ OBJECTS = {
     " PreTrainedTokenizerBase.apply_chat_template Trainer Trainer.compute_loss TrainingArguments TextIteratorStreamer",
     "peft": "LoraConfig IA3Config PrefixTuningConfig PromptTuningConfig VeraConfig AdaLoraConfig get_peft_model"
     " prepare_model_for_kbit_training PeftModel.from_pretrained PeftModel.save_pretrained PeftModel.disable_adapter"
-    " PeftModel.load_adapter LoraModel.merge_and_unload LoraModel.add_weighted_adapter LoraModel.delete_adapter",
+    " PeftModel.load_adapter LoraModel.merge_and_unload LoraModel.add_weighted_adapter",
 }
 """The objects whose docstrings are in the corpus, by module."""
 
@@ -77,7 +78,7 @@ def _topics() -> Iterator[Document]:
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:
-    words = text.split()
+    words = re.sub(r"\A.*\n\*+\n", "", text).split()  # the heading is the topic's own
     return {tuple(words[i : i + _WORDS]) for i in range(max(1, len(words) - _WORDS + 1))}
 
 

@@ -46,8 +46,11 @@ class Measurement:
 
     @property
     def holds_its_value(self) -> bool:
-        """Whether the value lies in the interval; true when there is none."""
-        return self.low is None or self.high is None or self.low <= self.value <= self.high
+        """Whether the value lies in the interval, the rounding of a mean aside; true when there is none."""
+        if self.low is None or self.high is None:
+            return True
+        slack = 1e-12 * max(abs(self.low), abs(self.high))
+        return self.low - slack <= self.value <= self.high + slack
 
     def to_dict(self) -> dict[str, object]:
         """The entry of the result file; what was not given is left out."""

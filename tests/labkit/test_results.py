@@ -39,6 +39,13 @@ def test_a_whole_number_stays_whole_and_every_number_type_is_taken(folder: Path)
     assert [type(entry["value"]) for entry in entries.values()] == [int, float, float, float]
 
 
+def test_an_interval_that_rounding_moved_off_its_value_holds_it(folder: Path) -> None:
+    card = ResultCard("x")
+    card.record("share", 1.0, low=0.8, high=0.9999999999999998, format=".0%", label="share")
+    with pytest.raises(ValueError, match="does not hold"):
+        card.record("tiny", 1e-13, low=2e-13, high=3e-13, format=".0e", label="a small share")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
