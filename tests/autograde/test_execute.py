@@ -1,8 +1,11 @@
 """Cells that loop, die, flood or eat memory cost themselves and nothing else. Real kernels, short limits."""
 
 import os
+import pwd
 import socket
+import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +142,27 @@ def test_the_sandbox_confines(tmp_path: Path) -> None:
     assert cells[4].outputs[0].data["text/plain"] == "1"
     assert text(cells[5]) == "True\n"
     assert not (tmp_path / "escaped").exists()
+
+
+def test_the_sandbox_works_for_a_user_who_is_not_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learner is not root. (When these tests do not run as root either, the one above has already shown it.)"""
+    if os.getuid() != 0 or not sandbox.find().program:
+        pytest.skip(sandbox.find().note or "the tests already run as a user")
+    for owner, name in ((sys, "base_prefix"), (sys, "prefix"), (sandbox, "_INSTALLATION")):  # root's may be closed
+        monkeypatch.setattr(owner, name, "/usr" if owner is sys else Path("/usr"))
+    nobody = pwd.getpwnam("nobody")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+        script = "id -u; touch here; touch /etc/escaped 2>/dev/null || echo confined; ls /proc | grep -c '^[0-9]'"
+        done = subprocess.run(
+            sandbox.find().command(["/bin/sh", "-c", script], folder), cwd=folder, capture_output=True, text=True,
+            user=nobody.pw_uid, group=nobody.pw_gid, extra_groups=[], check=False,
+        )  # fmt: skip
+        assert (folder / "here").exists(), done.stderr
+    user, confined, processes = done.stdout.split()
+    assert (user, confined) == (str(nobody.pw_uid), "confined")
+    assert int(processes) < 10
 
 
 def test_without_bubblewrap_it_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
