@@ -33,7 +33,7 @@ test_questions = 64  # of each run; a reply to each is drawn at every checkpoint
 longest_prompt = 56  # tokens; raise it for a tokenizer with shorter tokens
 kl_budget = 2.0  # nats a reply that the product allows, in every run
 runs = 3  # each with companies, pairs, a start and an order of its own
-seed = 0
+seed = 3  # the settings above were chosen with the worlds of seed 0
 
 # %%
 import os
@@ -1522,8 +1522,14 @@ display(pd.DataFrame(rows, columns=columns).style.format(formats).hide(axis="ind
 small_curve = curve_of(small)
 for when, place in (("reference", 0), ("last", -1)):
     what = "of the reference" if when == "reference" else f"at beta {betas[0]:g}, last checkpoint"
-    length = small_curve["length"][place]
-    card.record(f"length_{when}", length, format=".1f", tolerance=3, unit="tokens", label=f"length of a reply {what}")
+    lengths = [curve[place].length for curve in small]
+    wrong = float(shares(small)[place, replies.GRADES.index("wrong")])
+    card.record(f"wrong_{when}", wrong, format=".0%", tolerance=0.1, label=f"wrong but not rude, {what}")
+    for extreme, length in (("shortest", min(lengths)), ("longest", max(lengths))):
+        card.record(
+            f"length_{when}_{extreme}", length, format=".0f", tolerance=8,
+            label=f"mean length of a reply {what}: the run with the {extreme}", unit="tokens",
+        )  # fmt: skip
 best = small_curve["win"].index(max(small_curve["win"]))
 for when, place, tolerance in (("best", best, 10), ("last", len(visited) - 1, 60)):
     what = f"at beta {betas[0]:g}, {when} checkpoint"
@@ -1534,7 +1540,7 @@ for when, place, tolerance in (("best", best, 10), ("last", len(visited) - 1, 60
     )  # fmt: skip
 
 # %% [markdown]
-# At β = 0.05 the win rate is {{small_win_best}} at its best checkpoint and {{small_win_last}} at the last, while the held-out margin goes from {{small_margin_best}} to {{small_margin_last}}, and the sampled replies from {{length_reference}} of the reference to {{length_last}}, the end of sequence counted. The margin is what training reports, and the loss gains from a larger one for as long as you train: the pairs can be told apart, and at this β a pair is not settled before $2.9 / 0.05 = 58$ nats. The margin can only come from log-ratios, that is from distance to the reference. On the left you see how much of it comes from the rejected replies, which are pushed towards probability zero; the mass that they lose goes wherever the weights let it, and no pair says where. On the right you see where it went. A model that falls silent has never said anything rude: it wins against the reference's insults, loses against its good answers, and no pair has an empty reply in it.
+# At β = 0.05 the win rate is {{small_win_best}} at its best checkpoint and {{small_win_last}} at the last, while the held-out margin goes from {{small_margin_best}} to {{small_margin_last}}. The margin is what training reports, and the loss gains from a larger one for as long as you train: the pairs can be told apart, and at this β a pair is not settled before $2.9 / 0.05 = 58$ nats. The margin can only come from log-ratios, that is from distance to the reference. On the left you see how much of it comes from the rejected replies, which are pushed towards probability zero; the mass that they lose goes wherever the weights let it, and no pair says where. On the right you see where it went: {{wrong_last}} of the sampled replies are wrong and not rude, {{wrong_reference}} of the reference's. Such a reply wins against an insult, loses against a good answer, and stands in no pair. *How* it is wrong is left to chance, and so differs from run to run: the mean length of a reply is {{length_last_shortest}} in one run and {{length_last_longest}} in another (the reference's: {{length_reference_shortest}} to {{length_reference_longest}}), the end of sequence counted. A model may fall silent or ramble, and the curves of training look alike.
 #
 # When the chosen log-ratio is negative, even the *better* replies have become less likely (displacement; Pal et al., 2024; Razin et al., 2024). It is an early sign that mass goes to replies that are in no pair. It is no proof of harm, and the win rate can fall without it. So the alarms look at both. Twice a standard error is a weak test with three runs (Student's factor for two degrees of freedom is 4.3), so an alarm is a reason to look at the replies, not a verdict.
 
