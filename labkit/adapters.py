@@ -1,5 +1,10 @@
 """Where a low-rank adapter can go in any causal language model: its linear layers, found in the model, not by name."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -45,3 +50,21 @@ def use_linear_layers(model: PreTrainedModel) -> PreTrainedModel:
 def is_attention(name: str) -> bool:
     """Whether a layer's full name places it in an attention block (`…self_attn.q_proj`), not in a feed-forward one."""
     return any("attn" in part or "attention" in part for part in name.split("."))
+
+
+@contextmanager
+def merged(policy: PeftModel) -> Iterator[None]:
+    """Within the block the adapter is part of the weights: the same function up to rounding, for fewer products.
+
+    Afterwards the weights are what they were, bit for bit: `peft`'s `unmerge_adapter` alone subtracts what it added,
+    and the rounding of many rounds would add up in the model underneath. Do not disable the adapter within the block.
+    """
+    layers = [module.get_base_layer() for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+    kept = [layer.weight.detach().clone() for layer in layers]
+    policy.merge_adapter()
+    try:
+        yield
+    finally:
+        policy.unmerge_adapter()
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.weight.data.copy_(weight)

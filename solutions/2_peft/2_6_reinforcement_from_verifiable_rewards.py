@@ -31,8 +31,8 @@ updates = 2  # of the adapters on the answers of one step
 epsilon = 0.2  # how far a token's probability ratio may move before its gradient is cut off
 test_tickets = 24  # of each run; quick: 4
 longest_prompt = 48  # tokens; raise it for a tokenizer with shorter tokens
-runs = 3  # each with companies, tickets, a start and samples of its own
-seed = 0
+runs = 3  # from the same start, each with a company, tickets, an adapter and samples of its own
+seed = 3  # the settings above were chosen with the worlds of seed 0
 
 # %%
 import os
@@ -44,6 +44,7 @@ import json
 import re
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from math import comb
 
@@ -78,7 +79,7 @@ card = ResultCard("2_6_reinforcement_from_verifiable_rewards")
 #
 # The task is the triage of lesson 2.1: a ticket in, one line of JSON out. Reinforcement can only make more likely what the policy already samples, so it starts from a **short** supervised finetuning of all weights, stopped long before it is good. This finetuned model is the **reference** $\pi_{ref}$; the policy $\pi$ is the reference with a LoRA adapter on it.
 #
-# From here on there are no target answers in any loss. The training sees tickets, its own samples, and a number for each sample. In this world the number comes from a comparison with the known triage, so that everything can be measured exactly; at work it comes from a program that checks what nobody has written down. Where you do have the right answers, supervised finetuning on them learns more from each: a target says what every token should be, a verdict is one bit.
+# From here on there are no target answers in any loss. The training sees tickets, its own samples, and a number for each sample. In this world the number comes from a comparison with the known triage, so that everything can be measured exactly; at work it comes from a program that checks what nobody has written down. Where you do have the right answers, finetune on them first: a target says what every token should be, a verdict is at most one bit for the whole answer.
 
 # %%
 model, tokenizer = base_model.load(model_id, device=device)  # in eval mode and float32
@@ -324,11 +325,11 @@ predicted_reward, predicted_exact = 0.5, 0.5
 #
 # ## A verifier without holes
 #
-# A wrong answer must not earn anything that a constant answer could collect. For a record with one right value this means: all or nothing, and one way to read the text.
+# An answer that ignores its message should earn next to nothing, and no text should count as two answers. For a record with one right value a field this means: all or nothing, and one way to read the text.
 #
-# **Exercise.** `verify(answer, ticket)` returns 1.0 when `answer` is one JSON object and nothing else, has each of the four keys exactly once and no other, and has exactly the values of `ticket.triage`. It returns 0.0 for anything else and never raises: not for an empty string, nor for a hundred thousand opening brackets. The order of the keys and white space between the tokens do not matter. *About 9 lines.*
+# **Exercise.** `verify(answer, ticket)` returns 1.0 when `answer` is one JSON object and nothing else, has each of the four keys exactly once and no other, and has exactly the values of `ticket.triage`. It returns 0.0 for anything else and never raises: not for an empty string, nor for a hundred thousand opening brackets. The order of the keys does not matter, nor does white space around or between the tokens. *About 9 lines.*
 #
-# Beware of a rule of JSON parsers: of a key that stands twice, most keep the last value and say nothing. So does `Triage.parse`.
+# Beware of a habit of JSON parsers: of a key that stands twice, most keep the last value and say nothing. So does `Triage.parse`. And a key may be spelt with escapes: `"\u0075rgency"` is the key `urgency`.
 #
 # <details><summary>Hint 1</summary>An answer with two urgencies is two answers. Where does a parser still know that a key stood twice?</details>
 # <details><summary>Hint 2</summary><code>json.loads</code> takes <code>object_pairs_hook</code>, a function of the list of (key, value) pairs of each object. It may raise. <code>json.loads</code> itself raises ValueError for text before or after the object, and RecursionError for what is nested too deeply.</details>
@@ -367,7 +368,7 @@ def verdict(answer: str, ticket: Ticket = case) -> float | str:
 
 
 assert verdict(right) == 1, f"The right triage earns 1.0; yours says {verdict(right)}"
-shuffled = '{ "action": "call",\n "product":"Kesunix", "urgency": "low", "category": "defect" }'
+shuffled = '\n{ "action": "call",\n "product":"Kesunix", "urgency": "low", "category": "defect" }'
 assert verdict(shuffled) == 1, "The order of the keys and white space do not matter: compare records, not texts"
 for answer in ("", "leaks", "[]", "null", "[" * 100_000):
     assert verdict(answer) == 0, (
@@ -378,6 +379,11 @@ assert verdict(right.replace("low", "high")) == 0, (
 )
 twice = right.replace('"urgency": "low"', '"urgency": "high", "urgency": "low"')
 assert verdict(twice) == 0, "A key that stands twice is two answers in one: count the keys before the parser drops one"
+assert verdict(twice.replace('"urgency": "high"', r'"\u0075rgency": "high"')) == 0, (
+    "An escaped spelling hides a key from a search in the text: count the keys that the parser has read"
+)
+pairs = json.dumps(list(json.loads(right).items()))
+assert verdict(pairs) == 0, "An array of pairs is no object, though dict() takes it for one: ask what the parser found"
 for answer in (f"Sure: {right}", f"{right} {right}"):
     assert verdict(answer) == 0, "Nothing may stand before or after the object: the next program parses the whole text"
 assert verdict(right.replace("Kesunix", "KESUNIX")) == 0, (
@@ -460,6 +466,37 @@ def verify(answer, ticket):
     return float(claimed == json.loads(ticket.triage.to_json().lower()))
 
 
+# %% mistake="looks for the keys in the text" of="verify" says="An escaped spelling hides a key"
+def verify(answer, ticket):
+    try:
+        claimed = json.loads(answer)
+    except (ValueError, RecursionError):
+        return 0.0
+    return float(claimed == json.loads(ticket.triage.to_json()) and all(answer.count(f'"{key}"') == 1 for key in KEYS))
+
+
+# %% mistake="takes pairs for an object" of="verify" says="An array of pairs is no object"
+def verify(answer, ticket):
+    try:
+        pairs = json.loads(answer, object_pairs_hook=list)
+        claimed = dict(pairs)
+    except (ValueError, TypeError, RecursionError):
+        return 0.0
+    return float(len(pairs) == 4 and claimed == json.loads(ticket.triage.to_json()))
+
+
+# %% alternative="pairs, sorted" of="verify"
+def verify(answer, ticket):
+    try:
+        claimed = json.loads(answer, object_pairs_hook=tuple)
+    except (ValueError, RecursionError):
+        return 0.0
+    if not isinstance(claimed, tuple) or len(claimed) != 4:
+        return 0.0
+    wanted = json.loads(ticket.triage.to_json())
+    return 1.0 if all(any(pair == (key, wanted[key]) for pair in claimed) for key in wanted) else 0.0
+
+
 # %% alternative="through the parser, keys counted in the text" of="verify"
 def verify(answer, ticket):
     try:
@@ -471,6 +508,31 @@ def verify(answer, ticket):
 
 
 # %% [markdown]
+# Attack all three, on the test tickets of all runs. A verifier's own test suite is such a table: a row for the right answer, which must earn 1, and a row for every trick that someone has thought of.
+
+# %%
+asked = [one for part in tests for one in part]
+commonest = Counter(one.triage for part in pools for one in part).most_common(1)[0][0].to_json()
+attacks: dict[str, Callable[[Ticket], str]] = {
+    "the right triage": lambda one: one.triage.to_json(),
+    "the message and all labels": lambda one: fool_mentions(one.text),
+    "high and call, always": lambda one: fool_adequate(one.text),
+    "the right triage, with a second urgency": lambda one: one.triage.to_json().replace(
+        '"urgency"', '"urgency": "high", "urgency"'
+    ),
+    "the commonest triage, always": lambda one: commonest,
+}
+verifiers: dict[str, Callable[[str, Ticket], float]] = {"mentions": mentions, "adequate": adequate, "verify": verify}
+mean_rewards = [
+    [float(np.mean([verifier(attack(one), one) for one in asked])) for verifier in verifiers.values()]
+    for attack in attacks.values()
+]
+display(pd.DataFrame(mean_rewards, index=list(attacks), columns=list(verifiers)).style.format("{:.2f}"))
+card.record("constant", mean_rewards[-1][-1], format=".0%", label="verify, for the commonest triage", tolerance=0.05)
+
+# %% [markdown]
+# Under `verify` only the first row earns. The last row is what no verifier can take away: a constant answer is right as often as its triage occurs, here for {{constant}} of the tickets. That is the floor to compare a reward with, and the policy you start from is above it.
+#
 # A strict verifier gives a young policy few successes. That is the price, and it is paid with samples: what counts is how many groups hold at least one.
 #
 # ## Advantages within a group
@@ -479,7 +541,7 @@ def verify(answer, ticket):
 #
 # $$A_{ij} = \frac{r_{ij} - \bar r_i}{s_i + 10^{-4}}, \qquad \bar r_i, s_i: \text{ mean and standard deviation of group } i.$$
 #
-# The group's mean takes the place of PPO's value network. $s_i$ is the sample standard deviation, with $g - 1$ in the denominator, as `torch.std` and `trl` compute it. Dividing by it weights a prompt that is nearly always or nearly never solved more than one that is solved half the time. Dr. GRPO (Liu et al., 2025) calls this a difficulty bias and leaves it out; `trl` has all three forms as `scale_rewards`:
+# The group's mean takes the place of PPO's value network. $s_i$ is the sample standard deviation, with $g - 1$ in the denominator, as `torch.std` and `trl` compute it. Dividing by it gives prompts that are nearly always or nearly never solved, where $s_i$ is small, a larger share of the gradient than they would have without it. Dr. GRPO (Liu et al., 2025) calls this a difficulty bias and leaves it out; `trl` has all three forms as `scale_rewards`:
 #
 # | `scale` | divided by |
 # |---|---|
@@ -487,7 +549,7 @@ def verify(answer, ticket):
 # | `"batch"` | the standard deviation of all $p \cdot g$ rewards |
 # | `"none"` | nothing |
 #
-# When all answers of a group have the same reward, $r_{ij} - \bar r_i = 0$ and $s_i = 0$. Without the $10^{-4}$ this is 0/0: one `nan`, and after the next optimizer step every weight is `nan`. With it, the group is silent: it was sampled, and teaches nothing. A prompt that is solved with probability $q$ is *not* silent with probability $1 - q^g - (1 - q)^g$.
+# When all answers of a group have the same reward, $r_{ij} - \bar r_i = 0$ and $s_i = 0$. Without the $10^{-4}$ this is 0/0, or worse, rounding divided by rounding: the float32 mean of eight rewards 0.9 is not 0.9, and the quotient is of the size of a real advantage. With it, the group is silent: it was sampled, and teaches nothing. A prompt that is solved with probability $q$ is *not* silent with probability $1 - q^g - (1 - q)^g$.
 #
 # **Exercise.** Two functions.
 #
@@ -523,9 +585,12 @@ def speaks(q: float, g: int) -> float:
 # %% check="advantages" points=2
 rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
 for scale in ("none", "group", "batch"):
-    assert torch.isfinite(group_advantages(rewards, scale)).all(), (
+    assert torch.isfinite(group_advantages(rewards.clone(), scale)).all(), (
         f"scale {scale!r}: a group whose rewards are all equal gives 0/0 = nan, which would poison every weight: add 1e-4 to the divisor"
     )
+kept = rewards.clone()
+group_advantages(rewards, "none")
+assert torch.equal(rewards, kept), "Do not change the rewards: -= works in place, so return a new tensor"
 got = group_advantages(rewards, "none")
 assert not torch.allclose(got, torch.tensor([[0.25, -0.75], [0.25, 0.25]])), (
     "Subtract the mean of the group, not of the batch: an easy prompt's answers would all look good"
@@ -543,7 +608,17 @@ assert torch.allclose(got, torch.tensor([[0.7070, -0.7070], [0.0, 0.0]]), atol=1
 )
 got = group_advantages(rewards, "batch")
 assert torch.allclose(got, torch.tensor([[0.9998, -0.9998], [0.0, 0.0]]), atol=1e-4), (
-    f'With "batch" divide by the std of all rewards, 0.5: [[0.9998, -0.9998], [0, 0]]; yours is {got.tolist()}'
+    f'With "batch" divide by the std of all rewards, 0.5, plus 1e-4: [[0.9998, -0.9998], [0, 0]]; yours is {got.tolist()}'
+)
+got = group_advantages(torch.tensor([[0.9], [0.7], [0.3], [0.1]]).repeat(1, 8), "group")
+assert got.abs().max() < 0.01, (
+    f"Eight equal rewards get the advantage {got.abs().max().item():.2f}, for 0.9, 0.7, 0.3 or 0.1: that is rounding "
+    "divided by rounding; add 1e-4 to the divisor instead of mending the nan"
+)
+close = torch.tensor([[0.5, 0.5002]], dtype=torch.float64)
+got = group_advantages(close, "group")[0, 1].item()
+assert abs(got - 0.4142) < 1e-3, (
+    f"The divisor is s + 1e-4: for [0.5, 0.5002] s = 0.000141 and the second advantage is 0.4142; yours is {got:.4f}"
 )
 ### BEGIN HIDDEN TESTS
 _generator = torch.Generator().manual_seed(6)
@@ -560,7 +635,7 @@ for _p, _g in [(1, 2), (3, 5), (7, 3), (4, 16)]:
                 _scale
             ]
             _want = (_row - _row.mean()) / _by
-            assert np.allclose(_got[_i], _want, atol=2e-3), (
+            assert np.allclose(_got[_i], _want, atol=1e-3 if _i == 0 else 1e-4), (
                 f"scale {_scale!r}, {(_p, _g)}: advantages are off in group {_i}"
             )
     assert torch.equal(_r, _kept), "Do not change the rewards: return a new tensor"
@@ -568,8 +643,12 @@ for _p, _g in [(1, 2), (3, 5), (7, 3), (4, 16)]:
 
 # %% check="advantages" points=1
 assert speaks(0.5, 2) != 0.75, "0.75 counts groups with a success: a group that is right throughout is silent as well"
-assert speaks(0.5, 2) == 0.5, f"Two answers at one half differ in half of the cases; you say {speaks(0.5, 2)}"
-assert speaks(0.0, 8) == speaks(1.0, 8) == 0, "A prompt that is never or always solved has silent groups only"
+assert abs(speaks(0.5, 2) - 0.5) < 1e-9, (
+    f"Two answers at one half differ in half of the cases; you say {speaks(0.5, 2)}"
+)
+assert max(abs(speaks(0.0, 8)), abs(speaks(1.0, 8))) < 1e-9, (
+    "A prompt that is never or always solved has silent groups only"
+)
 ### BEGIN HIDDEN TESTS
 for _q, _g in [(0.1, 4), (0.9, 8), (0.37, 3), (0.02, 32)]:
     _want = sum(comb(_g, _c) * _q**_c * (1 - _q) ** (_g - _c) for _c in range(1, _g))
@@ -583,6 +662,43 @@ def group_advantages(rewards, scale="group"):
     if scale == "none":
         return centred
     return centred / (rewards.std(1, keepdim=True) if scale == "group" else rewards.std())
+
+
+def speaks(q, g):
+    return 1 - q**g - (1 - q) ** g
+
+
+# %% mistake="mends the nan afterwards" of="advantages" says="rounding divided by rounding"
+def group_advantages(rewards, scale="group"):
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if scale == "none":
+        return centred
+    if scale == "batch":
+        return centred / (rewards.std() + 1e-4)
+    return torch.nan_to_num(centred / rewards.std(1, keepdim=True))
+
+
+def speaks(q, g):
+    return 1 - q**g - (1 - q) ** g
+
+
+# %% mistake="adds to the variance" of="advantages" says="The divisor is s + 1e-4"
+def group_advantages(rewards, scale="group"):
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if scale == "none":
+        return centred
+    return centred / ((rewards.var(1, keepdim=True) if scale == "group" else rewards.var()) + 1e-4).sqrt()
+
+
+def speaks(q, g):
+    return 1 - q**g - (1 - q) ** g
+
+
+# %% mistake="works in place" of="advantages" says="Do not change the rewards"
+def group_advantages(rewards, scale="group"):
+    by = {"none": 1.0, "group": rewards.std(1, keepdim=True) + 1e-4, "batch": rewards.std() + 1e-4}[scale]
+    rewards -= rewards.mean(1, keepdim=True)
+    return rewards / by
 
 
 def speaks(q, g):
@@ -652,6 +768,31 @@ def speaks(q, g):
 
 
 # %% [markdown]
+# What a group of equals would do without the $10^{-4}$, to a toy policy of one token, in one step:
+
+
+# %%
+def move(advantages: Tensor) -> float:
+    """The largest change of a bias in one step of gradient descent (rate 1) on eight equal answers to one prompt."""
+    torch.manual_seed(0)
+    toy = torch.nn.Linear(4, 3)  # one token, a vocabulary of three
+    logps = toy(torch.ones(8, 4)).log_softmax(dim=1)[:, 0]
+    (-advantages * logps).mean().backward()
+    return toy.bias.grad.abs().max().item()
+
+
+rows = []
+for reward in (1.0, 0.9):
+    equals = torch.full((8,), reward)
+    spread, middle = torch.std_mean(equals)
+    naive, yours = (equals - middle) / spread, group_advantages(equals[None])[0]
+    rows.append((reward, naive[0].item(), move(naive), yours[0].item(), move(yours)))
+names = ["eight rewards of", "advantage without 1e-4", "a bias moves by", "your advantage", "a bias moves by "]
+display(pd.DataFrame(rows, columns=names).style.format(precision=4).hide(axis="index"))
+
+# %% [markdown]
+# The first row ends a training, and you notice. The second moves the policy at full size although there was nothing to learn, and nothing looks wrong. Rewards of 0 and 1 have exact means and never meet it; graded rewards do.
+#
 # Which groups speak depends on the success rate of the prompt, and on the size of the group:
 
 # %%
@@ -684,7 +825,7 @@ plt.show()
 #
 # **Exercise.** `grpo_loss(logps, old, reference, advantages, mask, epsilon, beta)` returns $L$, a scalar.
 #
-# - `logps`, `old` and `reference` are `(n, t)`: log-probabilities of the sampled tokens under $\pi$ (with its graph), $\pi_{old}$ and $\pi_{ref}$. What stands where the mask is 0 means nothing.
+# - `logps`, `old` and `reference` are `(n, t)`: log-probabilities of the sampled tokens under $\pi$ (with its graph), $\pi_{old}$ and $\pi_{ref}$. Where the mask is 0 they hold finite numbers that mean nothing.
 # - `advantages` is `(n,)`, `mask` is `(n, t)` int64, at least one entry is 1.
 #
 # With one answer of one token, $\rho = 1.5$, $A = 2$, $\epsilon = 0.2$ and $\beta = 0$ the loss is -2.4. *About 6 lines.*
@@ -728,6 +869,10 @@ loss, gradient = one_token(1.5, -2.0)
 wrong_way = "Ratio 1.5, advantage -2: the token moved the wrong way, so the minimum is the unclipped -3.0"
 assert abs(loss - 3.0) < 1e-6, f"{wrong_way} and the loss 3.0; yours is {loss:.4f}"
 assert abs(gradient - 3.0) < 1e-6, f"{wrong_way}, and it keeps its gradient, 3.0; yours is {gradient:.4f}"
+loss, gradient = one_token(0.5, -2.0)
+assert abs(loss - 1.6) < 1e-6, (
+    f"Ratio 0.5, advantage -2: clip below as well, min(-1.0, 0.8 * -2) = -1.6, so the loss is 1.6; yours is {loss:.4f}"
+)
 
 # %% check="grpo-loss" points=1
 loss, gradient = one_token(1.0, 0.0, beta=1.0, reference=-1.0)
@@ -736,6 +881,15 @@ assert abs(loss - 0.7183) > 1e-3, (
 )
 assert abs(loss - 1.0) > 1e-3, "1.0 is the plain log-ratio, which can be negative: use exp(d) - d - 1"
 assert abs(loss - 0.3679) < 1e-3, f"d = -1: exp(-1) + 1 - 1 = 0.3679; yours is {loss:.4f}"
+loss, gradient = one_token(2.0, 0.0, beta=1.0, reference=0.0)
+assert abs(loss - 0.3863) > 1e-3, (
+    "0.3863 is k times the ratio, the other form of trl: here the formula's plain k counts"
+)
+assert abs(loss - 0.1931) < 1e-3, f"d = -log 2: 0.5 + 0.6931 - 1 = 0.1931, whatever the ratio; yours is {loss:.4f}"
+_, gradient = one_token(1.0, 0.0, beta=1.0, reference=-1.0)
+assert abs(gradient - 0.6321) < 1e-3, (
+    f"The KL term pulls the policy back: for d = -1 its gradient is 1 - exp(-1) = 0.6321, so d keeps its graph; yours is {gradient:.4f}"
+)
 
 # %% check="grpo-loss" points=1
 long_and_short = torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -819,6 +973,27 @@ def grpo_loss(logps, old, reference, advantages, mask, epsilon, beta):
     ratio, gain, away = (logps - old).exp(), advantages[:, None], reference - logps
     policy = torch.minimum(ratio * gain, ratio.clamp(1 - epsilon, 1 + epsilon) * gain)
     return (beta * (away.exp() - away - 1) - policy).mean()
+
+
+# %% mistake="clips above only" of="grpo-loss" says="clip below as well"
+def grpo_loss(logps, old, reference, advantages, mask, epsilon, beta):
+    ratio, gain, away = (logps - old).exp(), advantages[:, None], reference - logps
+    policy = torch.minimum(ratio * gain, ratio.clamp(max=1 + epsilon) * gain)
+    return ((beta * (away.exp() - away - 1) - policy) * mask).sum() / mask.sum()
+
+
+# %% mistake="a KL without a gradient" of="grpo-loss" says="so d keeps its graph"
+def grpo_loss(logps, old, reference, advantages, mask, epsilon, beta):
+    ratio, gain, away = (logps - old).exp(), advantages[:, None], (reference - logps).detach()
+    policy = torch.minimum(ratio * gain, ratio.clamp(1 - epsilon, 1 + epsilon) * gain)
+    return ((beta * (away.exp() - away - 1) - policy) * mask).sum() / mask.sum()
+
+
+# %% mistake="the KL with the ratio" of="grpo-loss" says="k times the ratio"
+def grpo_loss(logps, old, reference, advantages, mask, epsilon, beta):
+    ratio, gain, away = (logps - old).exp(), advantages[:, None], reference - logps
+    policy = torch.minimum(ratio * gain, ratio.clamp(1 - epsilon, 1 + epsilon) * gain)
+    return ((beta * ratio * (away.exp() - away - 1) - policy) * mask).sum() / mask.sum()
 
 
 # %% alternative="cases instead of a minimum" of="grpo-loss"
@@ -958,7 +1133,7 @@ print(f"pass@1 {np.mean(start_rates):.1%}, pass@8 {np.mean(np.array(start_rates)
 # 2. *Predict.* `predicted_pass1` and `predicted_pass8` (0 to 1): the two after {{steps}} steps against `verify`, given where the policy starts, which is printed above. Graded for being shares.
 #
 # <details><summary>Hint 1</summary>How many subsets of size k hold wrong answers only? What if there are fewer than k wrong ones?</details>
-# <details><summary>Hint 2</summary><code>math.comb(a, k)</code> is 0 when a &lt; k, so no case is special. It wants Python's ints.</details>
+# <details><summary>Hint 2</summary><code>math.comb(a, k)</code> is 0 when a &lt; k, so no case is special.</details>
 # <details><summary>Hint 3</summary>For each row: n − c is the number of wrong answers; 1 − comb(n − c, k) / comb(n, k). Return the mean of the rows.</details>
 
 
@@ -1075,7 +1250,7 @@ predicted_pass1, predicted_pass8 = 0.4, 0.6
 # **Exercise.** Two things.
 #
 # 1. `speaking_answers(rates, groups, generations)` returns for each group size of the list `groups` the expected number of answers a step in groups that speak, as a list of floats. A step has `generations // g` prompts, whose success rates are drawn from the list `rates`, each as likely. `speaking_answers([0.5, 0.2], [2], 64)` is `[26.24]`. *About 4 lines.*
-# 2. `my_plan` is the group size that you would take, 2, 8 or 24. Use the success rates of your policy, `start_rates`, and weigh that number against what it leaves out. Graded for being one of the three; the measurement follows.
+# 2. `my_plan` is the group size that you would take, 2, 8 or 24. Use the success rates of your policy, `start_rates`, and weigh that number against what it leaves out (how many prompts a step hears of; that a rate of 0 of 8 need not be 0). Graded for being one of the three; the measurement follows.
 #
 # <details><summary>Hint 1</summary>How many answers does one group have, and with which probability do they count? How many groups are there?</details>
 # <details><summary>Hint 2</summary>The probability that a group speaks, 1 − q^g − (1 − q)^g, averaged over the rates (not taken at the average rate).</details>
@@ -1174,7 +1349,7 @@ for size, count in zip(plans, speaking_answers(start_rates, plans, generations),
 #
 # Each training starts from the finetuned model with a fresh adapter. A step samples {{generations}} answers, scores them, computes advantages and updates the adapter twice with your loss. As in `trl`'s default β is 0; the KL from the reference is measured all the same.
 #
-# Silent groups have advantage 0 and, without a KL term, gradient 0. So the loop leaves their answers out of the forward and backward pass and multiplies the loss by the share that is left: the same gradient for less work.
+# Silent groups have advantage 0 and, without a KL term, gradient 0. So the loop leaves their answers out of the forward and backward pass and multiplies the loss by the share that is left: the same gradient for less work. (A step whose groups are all silent is skipped; in a trainer that takes it, the optimizer's momentum still moves the weights.) For sampling the adapter is merged into the weights, as a trainer does when it hands them to a generation engine: the same policy, up to rounding, for fewer products.
 
 
 # %%
@@ -1203,7 +1378,8 @@ def reinforce(run: int, verifier: Callable[[str, Ticket], float], group: int, la
     rows = []
     for step in tqdm(range(steps), desc=f"{label}, run {run + 1} of {runs}", leave=False):
         tickets = [pools[run][i] for i in order.choice(len(pools[run]), generations // group, replace=False)]
-        answers = sample(policy, tickets, group, seed=10_000 * (run + 1) + step)
+        with adapters.merged(policy):
+            answers = sample(policy, tickets, group, seed=10_000 * (seed + run + 1) + step)
         rewards = judged(answers, tickets, verifier)
         advantages = group_advantages(torch.tensor(rewards, dtype=torch.float32))
         rows.append(
@@ -1228,7 +1404,8 @@ def reinforce(run: int, verifier: Callable[[str, Ticket], float], group: int, la
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
-    answers = sample(policy, tests[run], 8, seed + run)
+    with adapters.merged(policy):
+        answers = sample(policy, tests[run], 8, seed + run)
     found = {
         "curve": pd.DataFrame(rows),
         "exact": judged(answers, tests[run], verify),
@@ -1285,6 +1462,8 @@ ax.set(
 )
 label_lines(ax)
 plt.show()
+shortest_exploit = min(len(tokenizer(fool_mentions(one.text))["input_ids"]) for part in tests for one in part)
+print(f"the shortest of your answers to mentions has {shortest_exploit} tokens, a sample at most {longest_answer}\n")
 calm = next((i for i, one in enumerate(tests[0]) if one.triage.urgency == "low" and one.triage.action != "call"), 0)
 print(tests[0][calm].text, "\n\nright:", tests[0][calm].triage.to_json(), "\n")
 print("\n".join(hacked[0]["texts"][8 * calm : 8 * calm + 4]))
@@ -1309,7 +1488,7 @@ for name, value, label in [
 # %% [markdown]
 # The reward on test tickets goes from {{start_reward}} to {{hacked_reward}}, while the share of right triages goes from {{pass1_before}} to {{hacked_exact}}. Answers with urgency high and action call go from {{start_escalated}} to {{hacked_escalated}}; they are right for {{gold_escalated}} of the tickets. A dashboard with reward and validity alone shows success.
 #
-# The thin lines are runs. The figure does not show that every weak verifier is exploited: an exploit has to be sampled before it can be reinforced. `mentions` is open to attack as well, yet an answer that holds a whole message and every label is longer than a sample may be here: it is never drawn, so no gradient leads there. A larger model samples more widely, and finds more.
+# The thin lines are runs. The figure does not show that every weak verifier is exploited: an exploit has to be sampled before it can be reinforced. `mentions` is open to attack as well, yet the answer that you wrote, a whole message and every label, is longer than a sample may be here (both lengths are printed above): it is never drawn, so no gradient leads to it. A larger model samples more widely, and finds more.
 #
 # ### The hole closed
 #
@@ -1423,15 +1602,16 @@ compare(
 )
 
 # %% [markdown]
-# Pass@1 moves by {{gain}} points ({{gain:interval}}), pass@8 by {{gain8}} ({{gain8:interval}}); these are 95 % t intervals over the differences of {{steps}}-step runs, which have different companies, starts and samples. A pass@1 that rises by more than pass@8 is a sharpened distribution: mass moved to answers that the policy found before in some of its tries. Eight samples say little about large k, where Yue et al. (2025) look; draw more before you claim that something new was learnt.
+# Pass@1 moves by {{gain}} points ({{gain:interval}}), pass@8 by {{gain8}} ({{gain8:interval}}); these are 95 % t intervals over the differences of {{steps}}-step runs, which share one start and have different companies, tickets, adapters and samples; so they say nothing about another start. A pass@1 that rises by more than pass@8 is a sharpened distribution: mass moved to answers that the policy found before in some of its tries. Eight samples say little about large k, where Yue et al. (2025) look; draw more before you claim that something new was learnt.
 #
-# The KL of an answer from the reference is {{kl}} nats after `verify` and {{kl_hacked}} after `adequate`, at the same number of updates. Read it beside the reward: it says how much of the reference was given up for it. A KL term in the loss limits how far *any* policy goes, the honest one and the other; it buys time, and does not repair a verifier.
+# The KL of an answer from the reference is {{kl}} nats after `verify` and {{kl_hacked}} after `adequate`, at the same number of updates. Read it beside the reward: it says how much of the reference was given up for it. A KL term in the loss limits how far *any* policy goes, the honest one and the other. It does not repair a verifier: Gao et al. (2022) found that it acts like stopping earlier, with the same true reward at the same distance.
 #
 # ### What your decision is worth
 
 # %%
 fig, ax = plt.subplots()
 rows = []
+promised = speaking_answers(start_rates, sizes, generations)
 for place, size in enumerate(sizes):
     finals = np.array([result["exact"].mean() for result in trained[size]])
     middle, low, high = share_interval(finals)
@@ -1440,7 +1620,8 @@ for place, size in enumerate(sizes):
     ax.plot([place + 0.12] * runs, finals, "_", ms=14, mew=2, color=colour)
     speaking = np.mean([result["curve"]["speaking"].mean() for result in trained[size]])
     kl = np.mean([result["kl"] for result in trained[size]])
-    rows.append((f"{generations // size} x {size}", speaking, kl, middle))
+    foreseen = promised[place] / (generations // size * size)
+    rows.append((f"{generations // size} x {size}", foreseen, speaking, kl, middle))
     card.record(
         f"group{size}", middle, low=low, high=high, format=".0%", label=f"pass@1 with groups of {size}", tolerance=0.15
     )
@@ -1453,10 +1634,10 @@ ax.set_xticks(
 ax.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(-0.03, 1.05), ylabel="pass@1 on test tickets")
 ax.set_title(f"{generations} answers a step, spent in several ways (bars: 95 %, dashes: runs)")
 plt.show()
-columns = ["prompts x answers", "groups that speak", "KL (nats an answer)", "pass@1"]
+columns = ["prompts x answers", "speak, predicted", "speak, measured", "KL (nats an answer)", "pass@1"]
 display(
     pd.DataFrame(rows, columns=columns)
-    .style.format({columns[1]: "{:.0%}", columns[2]: "{:.1f}", columns[3]: "{:.1%}"})
+    .style.format({columns[1]: "{:.0%}", columns[2]: "{:.0%}", columns[3]: "{:.1f}", columns[4]: "{:.1%}"})
     .hide(axis="index")
 )
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -72,3 +73,28 @@ def test_a_model_without_linear_layers_is_an_error() -> None:
 
     with pytest.raises(ValueError, match="HeadOnly has no nn"):
         adapters.linear_layers(HeadOnly())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_merged_adapter_computes_the_same_and_leaves_no_trace() -> None:
+    model, ids = llama(tied=True), torch.tensor([[1, 2, 3, 4]])
+    names = list(adapters.linear_layers(model))
+    policy = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=names, init_lora_weights=False)).eval()
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    with torch.no_grad():
+        want = policy(ids).logits
+        with policy.disable_adapter():
+            without = policy(ids).logits
+        with adapters.merged(policy):
+            got = policy(ids).logits
+            changed = policy.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+            assert not torch.equal(
+                changed, before["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"]
+            )
+    assert not torch.allclose(got, without, atol=1e-4)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    after = policy.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    with pytest.raises(RuntimeError, match="stop"), adapters.merged(policy):
+        raise RuntimeError("stop")
+    assert all(torch.equal(policy.state_dict()[name], value) for name, value in before.items())
