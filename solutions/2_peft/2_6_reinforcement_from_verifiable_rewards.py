@@ -3,7 +3,7 @@
 #
 # You will be able to write a verifier that cannot be gamed, train a policy on nothing but its verdicts with GRPO, prove that your loss is `trl`'s, and say what the training added and what it only sharpened.
 #
-# **You will measure.** Exact match of one sampled triage, pass@1: {{pass1_before}} after a short finetuning, {{pass1_after}} after {{steps}} steps of reinforcement (95 % interval of the gain over the runs, in points: {{gain:interval}}). With eight tries, pass@8 goes from {{pass8_before}} to {{pass8_after}}. Against a weak verifier the same training brings the reward to {{hacked_reward}} and exact match to {{hacked_exact}}. On the same batch your loss differs from `trl`'s by {{parity}}.
+# **You will measure.** Against a weak verifier, {{steps}} steps of reinforcement bring the reward from {{start_reward}} to {{hacked_reward}} and the share of right answers, pass@1, from {{pass1_before}} to {{hacked_exact}}. Against a verifier without that hole pass@1 goes from {{pass1_before}} to {{pass1_after}}; over {{runs}} runs the 95 % interval of that change is {{gain:interval}} points, so you will also learn what such a number does not say. On the same batch your loss differs from `trl`'s by {{parity}}.
 #
 # **You need.** Lesson 1.5 (supervised finetuning), 2.1 (adapters) and 2.5 (log-probabilities, the reference, KL); the policy gradient, at the level of $\nabla \log \pi$ times a reward.
 #
@@ -512,7 +512,7 @@ def verify(answer, ticket):
 
 # %%
 asked = [one for part in tests for one in part]
-commonest = Counter(one.triage for part in pools for one in part).most_common(1)[0][0].to_json()
+commonest = Counter(one.triage for one in asked).most_common(1)[0][0].to_json()
 attacks: dict[str, Callable[[Ticket], str]] = {
     "the right triage": lambda one: one.triage.to_json(),
     "the message and all labels": lambda one: fool_mentions(one.text),
@@ -520,7 +520,7 @@ attacks: dict[str, Callable[[Ticket], str]] = {
     "the right triage, with a second urgency": lambda one: one.triage.to_json().replace(
         '"urgency"', '"urgency": "high", "urgency"'
     ),
-    "the commonest triage, always": lambda one: commonest,
+    "the commonest triage of these tickets, always": lambda one: commonest,
 }
 verifiers: dict[str, Callable[[str, Ticket], float]] = {"mentions": mentions, "adequate": adequate, "verify": verify}
 mean_rewards = [
@@ -528,10 +528,12 @@ mean_rewards = [
     for attack in attacks.values()
 ]
 display(pd.DataFrame(mean_rewards, index=list(attacks), columns=list(verifiers)).style.format("{:.2f}"))
-card.record("constant", mean_rewards[-1][-1], format=".0%", label="verify, for the commonest triage", tolerance=0.05)
+card.record(
+    "constant", mean_rewards[-1][-1], format=".1%", label="verify, for the best constant answer", tolerance=0.05
+)
 
 # %% [markdown]
-# Under `verify` only the first row earns. The last row is what no verifier can take away: a constant answer is right as often as its triage occurs, here for {{constant}} of the tickets. That is the floor to compare a reward with, and the policy you start from is above it.
+# Under `verify` only the first row earns. The last row is what no verifier can take away: a constant answer is right as often as its triage occurs, here for {{constant}} of the tickets. That is the floor to compare a reward with; the policy you start from is above it.
 #
 # A strict verifier gives a young policy few successes. That is the price, and it is paid with samples: what counts is how many groups hold at least one.
 #
@@ -784,8 +786,7 @@ def move(advantages: Tensor) -> float:
 rows = []
 for reward in (1.0, 0.9):
     equals = torch.full((8,), reward)
-    spread, middle = torch.std_mean(equals)
-    naive, yours = (equals - middle) / spread, group_advantages(equals[None])[0]
+    naive, yours = (equals - torch.mean(equals)) / torch.std(equals), group_advantages(equals[None])[0]
     rows.append((reward, naive[0].item(), move(naive), yours[0].item(), move(yours)))
 names = ["eight rewards of", "advantage without 1e-4", "a bias moves by", "your advantage", "a bias moves by "]
 display(pd.DataFrame(rows, columns=names).style.format(precision=4).hide(axis="index"))
@@ -798,7 +799,7 @@ display(pd.DataFrame(rows, columns=names).style.format(precision=4).hide(axis="i
 # %%
 fig, ax = plt.subplots()
 rates = np.linspace(0, 1, 101)
-for size, place, colour in ((2, 0.5, COLOURS.before), (8, 0.2, COLOURS.after), (32, 0.03, COLOURS.other)):
+for size, place, colour in ((2, 0.5, COLOURS.before), (8, 0.2, COLOURS.after), (32, 0.05, COLOURS.other)):
     curve = [speaks(q, size) for q in rates]
     ax.plot(rates, curve, color=colour)
     direct_label(ax, place, speaks(place, size), f"g = {size}", colour, offset=(8, -12))
@@ -1486,7 +1487,7 @@ for name, value, label in [
     card.record(name, value, format=".0%", label=label, tolerance=0.15)
 
 # %% [markdown]
-# The reward on test tickets goes from {{start_reward}} to {{hacked_reward}}, while the share of right triages goes from {{pass1_before}} to {{hacked_exact}}. Answers with urgency high and action call go from {{start_escalated}} to {{hacked_escalated}}; they are right for {{gold_escalated}} of the tickets. A dashboard with reward and validity alone shows success.
+# The reward on test tickets goes from {{start_reward}} to {{hacked_reward}}, while the share of right triages goes from {{pass1_before}} to {{hacked_exact}}. Answers with urgency high and action call go from {{start_escalated}} to {{hacked_escalated}}; they are right for {{gold_escalated}} of the tickets. The rest of the reward comes from calls and urgencies that are merely never too low. A dashboard with reward and validity alone shows success.
 #
 # The thin lines are runs. The figure does not show that every weak verifier is exploited: an exploit has to be sampled before it can be reinforced. `mentions` is open to attack as well, yet the answer that you wrote, a whole message and every label, is longer than a sample may be here (both lengths are printed above): it is never drawn, so no gradient leads to it. A larger model samples more widely, and finds more.
 #
@@ -1514,6 +1515,8 @@ label_lines(ax)
 plt.show()
 
 # %% [markdown]
+# Here the blue curve is the reward and the share of right answers in one. A point is {{generations}} answers to six new prompts: at a share of 0.3 the binomial standard error of 48 answers is 7 points, and answers to one prompt are alike, so read a trend over several steps and never a step. The curve does not say how the policy does on tickets it was not trained on; the next figure does.
+#
 # ### What was added, and what was sharpened
 
 # %%
@@ -1569,12 +1572,28 @@ for k in (1, 8):
     print(f"pass@{k}: {middle:+.1f} points, 95 % interval over {runs} runs {low:+.1f} to {high:+.1f}")
     name = "gain" if k == 1 else "gain8"
     card.record(name, middle, low=low, high=high, format="+.0f", unit="points", label=f"gain of pass@{k}", tolerance=10)
+    print("   by run: " + ", ".join(f"{100 * one:+.1f}" for one in gains[k]))
     card.record(
         f"pass{k}_before", policies["before"][0][:, k - 1].mean(), format=".0%", label=f"pass@{k} before", tolerance=0.1
     )
     card.record(
         f"pass{k}_after", policies["verify"][0][:, k - 1].mean(), format=".0%", label=f"pass@{k} after", tolerance=0.15
     )
+changes = {
+    "hacked_change": policies["adequate"][0][:, 0] - policies["before"][0][:, 0],
+    "hacked_change8": policies["adequate"][0][:, 7] - policies["before"][0][:, 7],
+    "hacked_rise": np.array(
+        [hacked[run]["reward"].mean() - judged(start[run], tests[run], adequate).mean() for run in range(runs)]
+    ),
+}
+for name, label in zip(
+    changes, ("change of pass@1, adequate", "change of pass@8, adequate", "rise of the reward of adequate"), strict=True
+):
+    middle, low, high = mean_interval(100 * changes[name])
+    print(f"{label}: {middle:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}")
+    card.record(name, middle, low=low, high=high, format="+.0f", unit="points", label=label, tolerance=15)
+card.record("risen", int((gains[1] > 0).sum()), format="d", label="runs whose pass@1 rose, verify", tolerance=1)
+card.record("runs", runs, format="d", label="runs")
 card.record(
     "kl",
     np.mean([result["kl"] for result in main]),
@@ -1602,7 +1621,11 @@ compare(
 )
 
 # %% [markdown]
-# Pass@1 moves by {{gain}} points ({{gain:interval}}), pass@8 by {{gain8}} ({{gain8:interval}}); these are 95 % t intervals over the differences of {{steps}}-step runs, which share one start and have different companies, tickets, adapters and samples; so they say nothing about another start. A pass@1 that rises by more than pass@8 is a sharpened distribution: mass moved to answers that the policy found before in some of its tries. Eight samples say little about large k, where Yue et al. (2025) look; draw more before you claim that something new was learnt.
+# Pass@1 moves by {{gain}} points and rises in {{risen}} of {{runs}} runs; the 95 % t interval over the runs is {{gain:interval}}. Pass@8 moves by {{gain8}} ({{gain8:interval}}). Three values make a wide interval: the t quantile is 4.3, with six runs it would be 2.6, and the interval less than half as wide at the same scatter. So what stands is this. Training against `adequate` changes pass@1 by {{hacked_change}} points ({{hacked_change:interval}}), pass@8 by {{hacked_change8}} ({{hacked_change8:interval}}) and its own reward by {{hacked_rise}} ({{hacked_rise:interval}}): an exploit is easy to find and three runs are enough to see it. Being right is harder to learn, and what {{steps}} steps of it are worth, these runs do not settle.
+#
+# The runs share one start and have different companies, tickets, adapters and samples, so the intervals say nothing about another start. The rate, the length of the finetuning and the number of steps were chosen on the worlds of seed 0. There the policy starts better and gains more (`-p seed 0` shows it), which is why those worlds are not the ones reported: a setting is chosen in part for the luck of the worlds on which it was tried.
+#
+# Where pass@1 does rise and pass@8 does not, the distribution was sharpened: mass moved to answers that the policy found before in some of its tries. Beware of the ceiling when you compare the two, since pass@8 starts nearer to 1. Eight samples say little about large k, where Yue et al. (2025) look; draw more before you claim that something new was learnt.
 #
 # The KL of an answer from the reference is {{kl}} nats after `verify` and {{kl_hacked}} after `adequate`, at the same number of updates. Read it beside the reward: it says how much of the reference was given up for it. A KL term in the loss limits how far *any* policy goes, the honest one and the other. It does not repair a verifier: Gao et al. (2022) found that it acts like stopping earlier, with the same true reward at the same distance.
 #
@@ -1631,7 +1654,8 @@ ax.set_xticks(
     range(len(sizes)),
     [f"{generations // size} prompts x {size}" + ("\n(your plan)" if size == my_plan else "") for size in sizes],
 )
-ax.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(-0.03, 1.05), ylabel="pass@1 on test tickets")
+ax.set(xlim=(-0.5, len(sizes) - 0.5), ylabel="pass@1 on test tickets")
+ax.set_ylim(bottom=0)
 ax.set_title(f"{generations} answers a step, spent in several ways (bars: 95 %, dashes: runs)")
 plt.show()
 columns = ["prompts x answers", "speak, predicted", "speak, measured", "KL (nats an answer)", "pass@1"]
@@ -1642,9 +1666,9 @@ display(
 )
 
 # %% [markdown]
-# The dashes are runs, the bars 95 % t intervals over them. Where bars overlap widely, three runs do not settle the order, and you would choose by cost: fewer prompts read, the same answers written. The column of groups that speak is what your `speaking_answers` predicted for the start.
+# The dashes are runs, the bars 95 % t intervals over them. Where bars overlap widely, three runs do not settle the order, and you would choose by cost: fewer prompts read, the same answers written. Compare the two columns of groups that speak. The prediction takes the start's rates as exact, so a ticket with 0 of 8 counts as never solved, and the promise for large groups is too low; during training the rates move as well.
 #
-# A fixed number of steps favours the plan that learns fastest at this rate, not the plan that ends highest. Before you quote an order, repeat it with a rate tuned for each plan.
+# That more answers speak does not make a plan better: two prompts a step are heard clearly, and they are two. A fixed number of steps favours the plan that learns fastest at this rate, not the plan that ends highest. Before you quote an order, repeat it with a rate tuned for each plan.
 #
 # ## With a real model
 #
@@ -1682,9 +1706,9 @@ card.show()
 # You do not; the reward says that the verifier is satisfied. Score samples with something the optimiser never saw: labels, a second verifier, a person. Here the share of right triages ended at {{hacked_exact}}, because urgency high and action call could not be refuted. Look for answers that have become constant, at the distribution of each field, and attack the verifier by hand before training does: an answer that ignores the input must earn nothing.
 # </details>
 #
-# <details><summary>pass@1 rose by {{gain}} points. Did reinforcement teach the model something new?</summary>
+# <details><summary>pass@1 went from {{pass1_before}} to {{pass1_after}}. Did reinforcement teach the model something new?</summary>
 #
-# Compare pass@k as well, unbiased and at a k as large as you can pay for. Here pass@8 moved by {{gain8}} points (95 % interval {{gain8:interval}}) at eight samples. If pass@1 rises and pass@k for large k does not, mass moved onto answers that were there; still useful when you serve one answer, but sampling k times and verifying would have found them without training. Say what the base could do at k tries, since that is what the policy could learn from.
+# First ask whether it rose: the interval over {{runs}} runs is {{gain:interval}} points, on worlds where no setting was chosen. If it did, compare pass@k, unbiased and at a k as large as you can pay for. Here pass@8 moved by {{gain8}} points ({{gain8:interval}}). If pass@1 rises and pass@k for large k does not, mass moved onto answers that were there; still useful when you serve one answer, but sampling k times and verifying would have found them without training. Say what the base could do at k tries, since that is what the policy could learn from.
 # </details>
 
 # %% [markdown]
