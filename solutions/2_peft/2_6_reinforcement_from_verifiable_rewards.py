@@ -533,7 +533,7 @@ card.record(
 )
 
 # %% [markdown]
-# Under `verify` only the first row earns. The last row is what no verifier can take away: a constant answer is right as often as its triage occurs, here for {{constant}} of the tickets. That is the floor to compare a reward with; the policy you start from is above it.
+# Under `verify` no trick earns anything. The last row is no trick, it is what no verifier can take away: a constant answer is right as often as its triage occurs, here for {{constant}} of the tickets. That is the floor to compare a reward with; the policy you start from is above it.
 #
 # A strict verifier gives a young policy few successes. That is the price, and it is paid with samples: what counts is how many groups hold at least one.
 #
@@ -1487,7 +1487,7 @@ for name, value, label in [
     card.record(name, value, format=".0%", label=label, tolerance=0.15)
 
 # %% [markdown]
-# The reward on test tickets goes from {{start_reward}} to {{hacked_reward}}, while the share of right triages goes from {{pass1_before}} to {{hacked_exact}}. Answers with urgency high and action call go from {{start_escalated}} to {{hacked_escalated}}; they are right for {{gold_escalated}} of the tickets. The rest of the reward comes from calls and urgencies that are merely never too low. A dashboard with reward and validity alone shows success.
+# The reward on test tickets goes from {{start_reward}} to {{hacked_reward}}, while the share of right triages goes from {{pass1_before}} to {{hacked_exact}}. Answers with urgency high and action call go from {{start_escalated}} to {{hacked_escalated}}; they are right for {{gold_escalated}} of the tickets. A dashboard with reward and validity alone shows success.
 #
 # The thin lines are runs. The figure does not show that every weak verifier is exploited: an exploit has to be sampled before it can be reinforced. `mentions` is open to attack as well, yet the answer that you wrote, a whole message and every label, is longer than a sample may be here (both lengths are printed above): it is never drawn, so no gradient leads to it. A larger model samples more widely, and finds more.
 #
@@ -1623,7 +1623,7 @@ compare(
 # %% [markdown]
 # Pass@1 moves by {{gain}} points and rises in {{risen}} of {{runs}} runs; the 95 % t interval over the runs is {{gain:interval}}. Pass@8 moves by {{gain8}} ({{gain8:interval}}). Three values make a wide interval: the t quantile is 4.3, with six runs it would be 2.6, and the interval less than half as wide at the same scatter. So what stands is this. Training against `adequate` changes pass@1 by {{hacked_change}} points ({{hacked_change:interval}}), pass@8 by {{hacked_change8}} ({{hacked_change8:interval}}) and its own reward by {{hacked_rise}} ({{hacked_rise:interval}}): an exploit is easy to find and three runs are enough to see it. Being right is harder to learn, and what {{steps}} steps of it are worth, these runs do not settle.
 #
-# The runs share one start and have different companies, tickets, adapters and samples, so the intervals say nothing about another start. The rate, the length of the finetuning and the number of steps were chosen on the worlds of seed 0. There the policy starts better and gains more (`-p seed 0` shows it), which is why those worlds are not the ones reported: a setting is chosen in part for the luck of the worlds on which it was tried.
+# The runs share one start and have different companies, tickets, adapters and samples, so the intervals say nothing about another start. The rate, the length of the finetuning and the number of steps were chosen on the worlds of seed 0. There the policy starts better and gains more (`-p seed 0` shows it). Some of that may be the order of the finetuning, which follows the seed; some of it may be selection, since a setting is chosen in part for the luck of the worlds on which it was tried. The two cannot be told apart here, so the worlds reported are others.
 #
 # Where pass@1 does rise and pass@8 does not, the distribution was sharpened: mass moved to answers that the policy found before in some of its tries. Beware of the ceiling when you compare the two, since pass@8 starts nearer to 1. Eight samples say little about large k, where Yue et al. (2025) look; draw more before you claim that something new was learnt.
 #
@@ -1703,7 +1703,7 @@ card.show()
 #
 # <details><summary>Your reward rose from {{start_reward}} to {{hacked_reward}}. How do you know that the model got better?</summary>
 #
-# You do not; the reward says that the verifier is satisfied. Score samples with something the optimiser never saw: labels, a second verifier, a person. Here the share of right triages ended at {{hacked_exact}}, because urgency high and action call could not be refuted. Look for answers that have become constant, at the distribution of each field, and attack the verifier by hand before training does: an answer that ignores the input must earn nothing.
+# You do not; the reward says that the verifier is satisfied. Score samples with something the optimiser never saw: labels, a second verifier, a person. Here the share of right triages ended at {{hacked_exact}}, because urgency high and action call could not be refuted. Look for answers that have become constant, at the distribution of each field, and attack the verifier by hand before training does: an answer that ignores the input should earn next to nothing.
 # </details>
 #
 # <details><summary>pass@1 went from {{pass1_before}} to {{pass1_after}}. Did reinforcement teach the model something new?</summary>
