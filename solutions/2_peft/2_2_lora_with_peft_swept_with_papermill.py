@@ -956,30 +956,29 @@ print(f"loaded on {len(served)} of {len(bases)} bases; warnings that speak of th
 fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
 for place, scores in enumerate(served.values()):
     colour = COLOURS.after if place == 0 else COLOURS.wrong
-    share = scores["right"] / scores["of"]
-    bounds = triage.interval(np.arange(scores["of"]) < scores["right"])
-    intervals(left, [place], [share], [bounds[0]], [bounds[1]], colour)
-    right.bar(place, scores["loss"], width=0.5, color=colour)
-    direct_label(right, place, scores["loss"], f"{scores['loss']:.2f}", colour, offset=(-12, 4))
+    for ax, value, text in (
+        (left, scores["fields"], f"{scores['fields']:.0%}"),
+        (right, scores["loss"], f"{scores['loss']:.2f}"),
+    ):
+        ax.bar(place, value, width=0.5, color=colour)
+        direct_label(ax, place, value, text, colour, offset=(-12, 4))
 for ax in (left, right):
     ax.set_xticks(range(len(served)), ["its own\nbase", "its own,\nmerged", "another's\nmerge", "other\nweights"])
     ax.grid(axis="x", visible=False)
-left.set(xlim=(-0.5, 3.5), ylim=(-0.03, 1.05), ylabel="exact match (95 % interval)")
+left.set(ylim=(0, 1.05), ylabel="single fields right (share)")
 left.set_title("One adapter on four bases")
 right.set(ylabel="loss (nats a token)", title="Each of them loads")
 right.set_ylim(top=1.12 * max(scores["loss"] for scores in served.values()))
 plt.show()
 for key, name in zip(("own", "twice", "other", "untrained"), served, strict=True):
-    count, of = served[name]["right"], served[name]["of"]
-    bottom, top = triage.interval(np.arange(of) < count)
-    label = f"exact match of the adapter on: {name}"
-    card.record(f"exact_{key}", count / of, format=".0%", low=bottom, high=top, label=label, tolerance=0.15)
+    label = f"single fields right with the adapter on: {name}"
+    card.record(f"fields_{key}", served[name]["fields"], format=".0%", label=label, tolerance=0.15)
     card.record(
         f"loss_{key}", served[name]["loss"], format=".2f", label=f"loss on: {name}", unit="nats a token", tolerance=2
     )
 
 # %% [markdown]
-# On its own base the adapter answers {{exact_own}} right (loss {{loss_own}}); applied twice {{exact_twice}} ({{loss_twice}}), on another team's merge {{exact_other}} ({{loss_other}}), on other weights {{exact_untrained}} ({{loss_untrained}}). Each of the four loads. The intervals are over tickets of one company; the point is not how large the damage is, but that nothing reports it. A small damage is the worst case, because a smoke test passes.
+# On its own base the adapter gets {{fields_own}} of the single fields right (loss {{loss_own}}); applied twice {{fields_twice}} ({{loss_twice}}), on another team's merge {{fields_other}} ({{loss_other}}), on other weights {{fields_untrained}} ({{loss_untrained}}). Each of the four loads. The tickets are one company's and few; the point is not how large the damage is, but that nothing reports it. A small damage is the worst case, because a smoke test passes.
 #
 # So keep a **fingerprint** of the base's weights beside the adapter, and compare it before loading. The pieces that are not the point are given: which tensors of a model are the base's, and the saving.
 
