@@ -3,7 +3,7 @@
 #
 # You will be able to configure `peft` to a parameter budget, predict a training job's memory to the byte, run a sweep whose failures stay visible, choose from it by a rule that you fixed beforehand, and refuse to serve an adapter on the wrong base.
 #
-# **You will measure.** What a rank buys. With {{share_low}}, {{share_centre}} and {{share_high}} of the weights trained, {{fields_low}}, {{fields_centre}} and {{fields_high}} of the single fields of a ticket's triage are right after {{steps_each}} steps, and {{exact_low}}, {{exact_centre}} and {{exact_high}} of the whole answers (all four fields). Training all weights holds {{memory_full}} MiB of weights, gradients and optimizer state, rank 4 {{memory_lora}} MiB, and your formula says so to the byte. An adapter with a loss of {{loss_own}} on its own base has {{loss_twice}} on one that holds it already, and nothing raises an error.
+# **You will measure.** What a rank buys. With {{share_low}}, {{share_centre}} and {{share_high}} of the weights trained, {{exact_low}}, {{exact_centre}} and {{exact_high}} of the answers on unseen tickets are right in all four fields after {{steps_each}} steps of {{batch_each}} tickets, and {{fields_low}}, {{fields_centre}} and {{fields_high}} of the single fields. Training all weights holds {{memory_full}} MiB of weights, gradients and optimizer state, rank 4 {{memory_lora}} MiB, and your formula says so to the byte. An adapter with a loss of {{loss_own}} on its own base has {{loss_twice}} on one that holds it already, and nothing raises an error.
 #
 # **You need.** Lessons 1.1 (seeds, intervals, pairs) and 2.1 (what LoRA computes); what AdamW keeps for each weight.
 #
@@ -22,11 +22,11 @@
 model_id = "shipped"  # "shipped", the id of a causal language model on the Hub, or a local folder
 device = "cpu"  # "cpu", "cuda" or "mps"
 rank = 4  # the middle of the sweep
-scale = 2  # alpha / rank, what the update is multiplied by
-learning_rate = 1e-2  # right for the shipped model of about a million weights; 1e-4 to 3e-4 for a real one
-steps = 64  # of a run of the rank curve; quick: 3
+scale = 8  # alpha / rank, what the update is multiplied by; 1 to 2 is usual for a real model
+learning_rate = 2.5e-3  # right for the shipped model of about a million weights; 1e-4 to 3e-4 for a real one
+steps = 160  # of a run of the rank curve; quick: 3
 short_steps = 16  # where only losses are compared; quick: 3
-batch_size = 4
+batch_size = 2
 train_tickets = 256
 test_tickets = 24  # of each company; quick: 8
 runs = 3  # each with a company, a start and an order of the data of its own
@@ -203,7 +203,7 @@ for key, targets in settings_to_try.items():
 #
 # One more unit of rank on a layer of shape $(d_{out}, d_{in})$ costs $d_{out} + d_{in}$ trained numbers. On all layers of a model that is a large step: a budget that falls between two ranks is left partly unspent, and a comparison "at equal budget" between attention layers and all layers then isn't one.
 #
-# `LoraConfig` has two fields for this. `rank_pattern` gives single layers another rank than `r`, `alpha_pattern` another alpha than `lora_alpha`. Both are dictionaries whose keys match names as the regular expression `(.*\.)?(key)$` does: a full name reaches one layer, `"q_proj"` reaches that layer in every block. The two are independent, and the update of a layer is multiplied by *its* alpha over *its* rank.
+# `LoraConfig` has two fields for this. `rank_pattern` gives single layers another rank than `r`, `alpha_pattern` another alpha than `lora_alpha`. Both are dictionaries whose keys match names as the regular expression `(.*\.)?(key)$` does: a full name reaches that layer, `"q_proj"` reaches the layer of this name in every block. The two are independent, and the update of a layer is multiplied by *its* alpha over *its* rank.
 #
 # **Exercise.** `config_for_budget(shapes, budget, scale)` returns a `LoraConfig` with adapters on exactly the layers of `shapes`, a dictionary of full name → `(d_out, d_in)`, that train at most `budget` numbers together:
 #
@@ -263,7 +263,13 @@ def check_ranks(
     shapes: dict[str, tuple[int, int]], budget: int, want: dict[str, int], others: Sequence[str] = ()
 ) -> None:
     """Compare the ranks of the adapted layers with those wanted."""
-    layers = adapted(shapes, config_for_budget(dict(shapes), budget, 2), others)
+    given = dict(shapes)
+    config = config_for_budget(given, budget, 2)
+    assert isinstance(config, LoraConfig), f"Return a LoraConfig; yours is a {type(config).__name__}"
+    assert list(given.items()) == list(shapes.items()), (
+        "You changed shapes, which belongs to the caller: keep your accounts in a dictionary of your own"
+    )
+    layers = adapted(shapes, config, others)
     assert set(layers) == set(shapes), (
         f"Adapt exactly the layers of shapes, {sorted(shapes)}; yours: {sorted(layers)}. The model may have others with the "
         "same last name: give target_modules the full names"
@@ -339,6 +345,23 @@ def config_for_budget(shapes, budget, scale):
     if common == 0:
         raise ValueError("too small")
     return LoraConfig(r=common, lora_alpha=scale * common, target_modules=list(shapes))
+
+
+# %% mistake="takes layers out of the caller's dictionary" of="budget-config" says="which belongs to the caller"
+def config_for_budget(shapes, budget, scale):
+    common, left = divmod(budget, sum(map(sum, shapes.values())))
+    if common == 0:
+        raise ValueError("too small")
+    targets, ranks = list(shapes), {}
+    while shapes:
+        name = next(iter(shapes))
+        cost = sum(shapes.pop(name))
+        if cost <= left:
+            ranks[name], left = common + 1, left - cost
+    alphas = {name: scale * own for name, own in ranks.items()}
+    return LoraConfig(
+        r=common, lora_alpha=scale * common, target_modules=targets, rank_pattern=ranks, alpha_pattern=alphas
+    )
 
 
 # %% mistake="forgets alpha" of="budget-config" says="in alpha_pattern"
@@ -611,6 +634,11 @@ assert training_bytes(tied)["weights"] == 100, (
 )
 huge = nn.Linear(1_000_000, 1_000_000, bias=False, device="meta")
 assert training_bytes(huge)["weights"] == 4 * 10**12, "A layer on the meta device has its size, and no data: 4e12 bytes"
+both = nn.Sequential(nn.Linear(5, 5, bias=False, device="meta"), nn.Linear(5, 5, bias=False, device="meta"))
+assert training_bytes(both)["weights"] == 200, (
+    f"Two layers on the meta device, 200 bytes; yours {training_bytes(both)['weights']}. There, each tensor has the address "
+    "0, so an address can't tell which are tied"
+)
 ### BEGIN HIDDEN TESTS
 for _dtype in (torch.float32, torch.bfloat16, torch.float64):
     _model = tiny_llama().requires_grad_(False).to(_dtype)
@@ -685,6 +713,20 @@ def training_bytes(model):
     trained = [p.nbytes for p in model.parameters() if p.requires_grad]
     total = sum(t.nbytes for t in model.state_dict().values())
     return {"weights": total, "gradients": sum(trained), "optimizer": sum(2 * size + 4 for size in trained)}
+
+
+# %% mistake="knows tied weights by their address" of="training-bytes" says="an address can't tell which are tied"
+predicted_memory_share = 0.3
+
+
+def training_bytes(model):
+    stored = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    trained = [p.nbytes for p in model.parameters() if p.requires_grad]
+    return {
+        "weights": sum(stored.values()),
+        "gradients": sum(trained),
+        "optimizer": sum(2 * size + 4 for size in trained),
+    }
 
 
 # %% alternative="adds up in one loop" of="training-bytes"
@@ -1079,6 +1121,18 @@ fine = [fingerprint({"a": torch.tensor([value])}) for value in (2**53, 2**53 + 1
 assert fine[0] != fine[1], (
     "Two int64 numbers that differ by 1 have one fingerprint: take each tensor's own bytes, unconverted"
 )
+
+
+class Renamed(str):
+    """An equal string with another hash(), as it has in another process."""
+
+    def __hash__(self) -> int:
+        return 1 + super().__hash__()
+
+
+assert fingerprint({Renamed(name): tensor for name, tensor in weights.items()}) == got, (
+    "hash() of a string is another number in each process: feed the text of the name"
+)
 ### BEGIN HIDDEN TESTS
 _bf16 = {
     "w": torch.randn(5, 3, generator=generator).to(torch.bfloat16),
@@ -1286,6 +1340,23 @@ def load_checked(base, folder):
     return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
+# %% mistake="hashes with hash()" of="fingerprint" says="another number in each process"
+def fingerprint(weights):
+    parts = []
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        raw = tensor.flatten().view(torch.uint8).numpy().tobytes()
+        parts.append(f"{hash(name)} {tensor.dtype} {tuple(tensor.shape)} {raw.hex()}")
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def load_checked(base, folder):
+    stored = folder / "base.sha256"
+    if not stored.exists() or stored.read_text() != fingerprint(base_weights(base)):
+        raise ValueError("not the base that this adapter was trained on")
+    return PeftModel.from_pretrained(base, str(folder)).eval()
+
+
 # %% alternative="a digest of digests" of="fingerprint"
 def fingerprint(weights):
     lines = []
@@ -1327,7 +1398,7 @@ for name, make in bases.items():
 # %% [markdown]
 # ## A sweep is a notebook with parameters
 #
-# papermill runs a notebook like a function: it puts a cell with your values behind the one tagged `parameters` (one plain assignment a line there, so that it can tell a misspelt name), executes everything in a fresh kernel, and saves the executed notebook, with code, outputs, log and, if it comes to that, the traceback. One file a run, which a colleague can open. (`course run` does the same with this lesson.)
+# papermill runs a notebook like a function: it puts a cell with your values behind the one tagged `parameters` (one plain assignment a line there, so that it can warn of a name that isn't there), executes everything in a fresh kernel, and saves the executed notebook, with code, outputs, log and, if it comes to that, the traceback. One file a run, which a colleague can open. (`course run` does the same with this lesson.)
 #
 # The template below has four cells: default parameters, imports, the text of `evaluate` and `finetune`, and the run. The last one displays its result under a MIME type of its own, so that a program finds it among the outputs without parsing what is printed.
 
@@ -1336,11 +1407,11 @@ RESULT = "application/vnd.sweep.result+json"
 
 PARAMETERS = """
 rank = 4
-alpha = 8
-learning_rate = 1e-2
+alpha = 32
+learning_rate = 2.5e-3
 companies = [0]
 steps = 8
-batch_size = 4
+batch_size = 2
 train_tickets = 64
 test_tickets = 8
 model_id = "shipped"
@@ -1745,7 +1816,7 @@ display(gather().drop(columns="results").style.hide(axis="index").format({"learn
 # With at most 2000, `"r16"` is best. `"r1"` is behind by 0.03 in *each* company: its differences have no spread, so it isn't within their standard error, though the companies themselves differ much more than that. `"r4"` is behind by 0.02, 0.05 and 0.00: mean 0.023, standard error 0.015. So `"r16"`. With at most 1000, `"r4"` is best, by 0.007 on average, with a standard error of 0.015: the rule takes `"r1"`.
 #
 # <details><summary>Hint 1</summary>Filter first, then find the best among what is left. Whose differences does the rule look at, and what is their standard error if they are all equal?</details>
-# <details><summary>Hint 2</summary><code>d = np.subtract(losses[name], losses[best])</code>; <code>d.std(ddof=1) / len(d) ** 0.5</code>. Allow for rounding: compare with a tolerance of 1e-12, so that the best's 0 ≤ 0 holds.</details>
+# <details><summary>Hint 2</summary><code>d = np.subtract(losses[name], losses[best])</code>; <code>d.std(ddof=1) / len(d) ** 0.5</code>. A tolerance of 1e-12 keeps rounding out of the comparison.</details>
 # <details><summary>Hint 3</summary>allowed: the names whose trained is at most most_trained; best: the min of allowed by mean loss; near = those with d.mean() <= standard error + 1e-12; return min(near, key=lambda n: (trained[n], mean loss of n)).</details>
 
 
@@ -1776,7 +1847,15 @@ predicted_exact_match = 0.5
 # %% check="choose" points=2
 losses = {"r1": [0.31, 0.41, 0.51], "r4": [0.30, 0.43, 0.48], "r16": [0.28, 0.38, 0.48]}
 trained = {"r1": 100, "r4": 400, "r16": 1600}
-got = choose(losses, trained, 2000)
+given = copy.deepcopy(losses), dict(trained)
+try:
+    got = choose(*given, 2000)
+except ValueError as error:
+    got = f"ValueError: {error}"
+assert not got.startswith("ValueError"), (
+    f"Three candidates fit, and yours raises {got!r}. The best is within its own standard error, 0 <= 0: compare with <="
+)
+assert given == (losses, trained), "You changed losses or trained, which belong to the caller: make your own list"
 assert got != "r1", (
     "r1 is behind by 0.03 in every company: use the standard error of the paired differences, not of the losses"
 )
@@ -1784,10 +1863,14 @@ assert got == "r16", (
     "With at most 2000, r4 is behind by 0.023 with a standard error of 0.015 (the deviation, 0.025, divided by the root of "
     f'n): it is not within it, and the rule takes "r16"; yours {got!r}'
 )
+given = copy.deepcopy(losses), dict(trained)
 try:
-    got = choose(losses, trained, 1000)
+    got = choose(*given, 1000)
 except ValueError:
     got = None
+assert given == (losses, trained), (
+    "You took what does not fit out of the caller's losses or trained: make your own list of what takes part"
+)
 assert got != "r16", "r16 trains more than is allowed"
 assert got == "r1", (
     f'With at most 1000, r4 is best, and r1 is behind by less than one standard error: take the smaller, "r1"; yours {got!r}. '
@@ -1845,6 +1928,42 @@ def choose(losses, trained, most_trained):
     best = min(allowed, key=lambda name: np.mean(losses[name]))
     limit = np.mean(losses[best]) + stats.sem(losses[best])
     return min((n for n in allowed if np.mean(losses[n]) <= limit), key=lambda n: (trained[n], np.mean(losses[n])))
+
+
+my_rule, predicted_exact_match = "one-se", 0.5
+
+
+# %% mistake="leaves the best itself out" of="choose" says="The best is within its own standard error"
+def choose(losses, trained, most_trained):
+    allowed = [name for name in losses if trained[name] <= most_trained]
+    if not allowed:
+        raise ValueError("none fits")
+    best = min(allowed, key=lambda name: np.mean(losses[name]))
+    near = []
+    for name in allowed:
+        d = np.subtract(losses[name], losses[best])
+        if d.mean() < stats.sem(d):
+            near.append(name)
+    return min(near, key=lambda name: (trained[name], np.mean(losses[name])))
+
+
+my_rule, predicted_exact_match = "one-se", 0.5
+
+
+# %% mistake="deletes what does not fit" of="choose" says="make your own list of what takes part"
+def choose(losses, trained, most_trained):
+    for name in list(losses):
+        if trained[name] > most_trained:
+            del losses[name]
+    if not losses:
+        raise ValueError("none fits")
+    best = min(losses, key=lambda name: np.mean(losses[name]))
+    near = []
+    for name in losses:
+        d = np.subtract(losses[name], losses[best])
+        if d.mean() <= stats.sem(d) + 1e-12:
+            near.append(name)
+    return min(near, key=lambda name: (trained[name], np.mean(losses[name])))
 
 
 my_rule, predicted_exact_match = "one-se", 0.5
@@ -1943,7 +2062,7 @@ my_rule, predicted_exact_match = "best", 0.7
 # %% [markdown]
 # ## The experiment
 #
-# First mend the baseline. Rank 0 means "no adapter", so the template must say that. Then run whatever of the grid isn't done, which is everything so far; had the sweep stopped half-way, it would be the rest. Each executed notebook keeps the code that it was run with, so a template may change between two passes and you can still see who ran what.
+# First mend the baseline. Rank 0 means "no adapter", so the template must say that. Then run whatever of the grid isn't done, which is everything so far; had the sweep stopped half-way, it would be the rest. Each executed notebook keeps the code that it was run with, so a template may change between two passes and you can still see who ran what. But `read_run` compares parameters, not code: a run that was done with the old template stays "done". Where the template still changes, make its commit or the hash of its cells one of the parameters.
 
 # %%
 nbformat.write(
@@ -2060,9 +2179,9 @@ for key, name in (("low", curve[0]), ("high", curve[2])):
     print(f"{label}: {value:+.3f} nats a token, 95 % interval {bottom:+.3f} to {top:+.3f}")
 
 # %% [markdown]
-# Exact match has an interval over tickets (Wilson), the others have one over {{runs_each}} companies (Student's t, wide for so few). Of single fields, rank 1 gets {{fields_low}} right, rank 4 {{fields_centre}}, rank 16 {{fields_high}}; an answer needs all four, and without an adapter {{exact_base}} of the answers are right. The fair comparison of the losses is paired: rank 1 minus rank 4 is {{loss_gap_low}} ({{loss_gap_low:interval}}), rank 16 minus rank 4 {{loss_gap_high}} ({{loss_gap_high:interval}}). An interval that holds zero is no finding, in either direction.
+# Without an adapter {{exact_base}} of the answers are right; with rank 1 {{exact_low}} ({{exact_low:interval}}), with rank 4 {{exact_centre}} ({{exact_centre:interval}}), with rank 16 {{exact_high}} ({{exact_high:interval}}). These intervals are over tickets (Wilson) and speak of these {{runs_each}} companies only; how much companies differ show the dashes. The intervals of fields and loss are over companies (Student's t, wide for so few). Of single fields, rank 1 gets {{fields_low}} right, rank 4 {{fields_centre}}, rank 16 {{fields_high}}. The fair comparison of the losses is paired: rank 1 minus rank 4 is {{loss_gap_low}} ({{loss_gap_low:interval}}), rank 16 minus rank 4 {{loss_gap_high}} ({{loss_gap_high:interval}}). An interval that holds zero is no finding, in either direction.
 #
-# Read the curve with its conditions: {{steps_each}} steps of {{batch_each}} tickets, which is all that a minute of one CPU core pays for at three ranks and three companies. An answer needs all four fields at once, so exact match comes late, and after so few steps the loss says more about the ranks, because every token of every answer counts in it. Lesson 2.1 shows what 160 steps of eight tickets are worth at rank 3; `-p steps 160 -p batch_size 8` repeats this curve with them. Few steps also favour what learns fast; whether a small rank has too little room shows only when it has been trained for long enough. And all ranks had one learning rate and one alpha / r; a rank that wants another would look worse than it is. Both belong in a sentence under every rank curve that you show.
+# Read the curve with its conditions. {{steps_each}} steps of {{batch_each}} tickets is far from the end of the training: lesson 2.1 shows what 160 steps of eight tickets are worth at rank 3, and `-p steps 160 -p batch_size 8` repeats this curve with them. An answer needs all four fields at once, so exact match comes late and in jumps, and the loss says more about the ranks, because every token of every answer counts in it. All ranks had one learning rate and one alpha / r, chosen at rank 4 on companies that are not reported; a rank that wants another looks worse than it is. And few steps favour what learns fast; whether a small rank has too little *room* shows only when it has been trained for long enough. These conditions belong in a sentence under every rank curve that you show.
 #
 # ### Scale and learning rate
 #
@@ -2093,10 +2212,10 @@ def sgd_losses(own_scale: float, own_rate: float, factor: float) -> list[float]:
     return found
 
 
-one, two = sgd_losses(scale, 0.05, 1.0), sgd_losses(1.0, 0.05 * scale, scale**0.5)
+one, two = sgd_losses(2.0, 0.05, 1.0), sgd_losses(1.0, 0.1, 2.0**0.5)
 sgd_gap = max(abs(a - b) for a, b in zip(one, two, strict=True))
-print(f"scale {scale}, rate 0.05:                {[round(value, 4) for value in one]}")
-print(f"scale 1, rate {0.05 * scale:g}, A times sqrt({scale}): {[round(value, 4) for value in two]}")
+print(f"scale 2, rate 0.05:                {[round(value, 4) for value in one]}")
+print(f"scale 1, rate 0.1, A times sqrt(2): {[round(value, 4) for value in two]}")
 print(f"largest difference: {sgd_gap:.1g} nats")
 card.record(
     "sgd_gap",
@@ -2161,6 +2280,8 @@ display(pd.DataFrame(rows, columns=columns).style.format(precision=4).hide(axis=
 
 # %% [markdown]
 # The dashes are companies, the lines go through their means. At one scale, a quarter of the rate changes the loss by {{loss_gap_slow}} ({{loss_gap_slow:interval}}) and four times the rate by {{loss_gap_fast}} ({{loss_gap_fast:interval}}). With the product kept, the same two rates change it by {{loss_gap_up}} ({{loss_gap_up:interval}}) and {{loss_gap_down}} ({{loss_gap_down:interval}}). What is left of the second line's slope is what the product doesn't explain: $A$'s own movement, clipping, and AdamW's ε.
+#
+# A neighbour that is ahead after {{short_each}} steps need not be ahead after {{steps_each}}: few steps favour what learns fast. A short comparison says which settings are alike and which are hopeless; confirm the choice at full length, on companies that had no part in it.
 #
 # For a sweep it follows: don't span a full grid over alpha *and* the learning rate. Fix alpha / r and sweep the rate. And if a colleague's configuration has another alpha, compare products before you compare rates.
 #
@@ -2289,12 +2410,12 @@ for key, value, label in (("runs_each", runs, "companies a configuration"), ("st
 # Layer names, chat template and sizes are read from the model, so the lesson runs on any causal language model of the Hub with a chat template:
 #
 # ```
-# course run 2.2 -p model_id Qwen/Qwen3-0.6B -p device cuda -p learning_rate 2e-4 -p rank 16 -p steps 200
+# course run 2.2 -p model_id Qwen/Qwen3-0.6B -p device cuda -p learning_rate 2e-4 -p scale 2 -p rank 16 -p steps 200 -p batch_size 8
 # ```
 #
 # What changes:
 #
-# - **The rate.** 1e-4 to 3e-4, and the sweep multiplies and divides it by four.
+# - **The rate and the scale.** 1e-4 to 3e-4 at a scale of 1 or 2, and the sweep multiplies and divides both by four.
 # - **The sweep.** Each run is a process of its own, so runs on several GPUs are several papermill calls with another `CUDA_VISIBLE_DEVICES`; the grid, the status table and "run what isn't done" stay as they are. On a cluster, a file on shared storage is the whole interface. Write to a temporary name and rename it when it is done, if others read while you write.
 # - **Memory.** In bfloat16 the base takes 2 bytes a parameter, and activations are the largest part of what you can still influence: batch size, length, gradient checkpointing.
 # - **Fingerprints.** Hashing 16 GB takes about a minute. Do it once when a checkpoint is published, and compare the stored digest, or the Hub's commit hash, when an adapter is loaded.
