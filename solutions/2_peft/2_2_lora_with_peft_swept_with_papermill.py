@@ -2151,7 +2151,7 @@ left.set(ylim=(-0.03, 1.05), ylabel="share that is right", title="What it answer
 label_lines(left)
 for name, share in zip(curve, shares, strict=True):
     frame = measured_runs[name]
-    left.plot([share * 1.12] * runs, frame["right"] / frame["of"], "_", ms=12, mew=2, color=COLOURS.after)
+    left.plot([share * 0.88] * runs, frame["right"] / frame["of"], "_", ms=12, mew=2, color=COLOURS.after)
     right.plot([share * 1.12] * runs, frame["loss"], "_", ms=12, mew=2, color=COLOURS.after)
 right.set(ylabel="loss on unseen tickets (nats a token)", title="And the loss (dashes: companies)")
 plt.show()
