@@ -53,7 +53,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, normalize
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, AutoTokenizer, BertModel
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from labkit import reference, retrieval
 from labkit.base_model.loading import quiet
@@ -597,7 +597,7 @@ assert 0 < predicted_share < 1, f"predicted_share is a share between 0 and 1 (0.
 
 # %% check="attach" points=3
 small = BertModel(
-    AutoModel.from_pretrained(folder).config.__class__(
+    BertConfig(
         hidden_size=24,
         num_hidden_layers=4,
         num_attention_heads=2,
@@ -648,7 +648,7 @@ assert torch.equal(off, as_it_was), "With the adapter switched off, the model is
 ### BEGIN HIDDEN TESTS
 for _layers, _first, _rank in ((1, 0, 1), (3, 2, 4), (5, 0, 3)):
     _model = BertModel(
-        small.config.__class__(
+        BertConfig(
             hidden_size=12,
             num_hidden_layers=_layers,
             num_attention_heads=2,
