@@ -242,7 +242,7 @@ print(library_merges({"low": 5, "lower": 2, "newest": 6, "widest": 3}, 6))
 # - A round: the count of a pair is the number of places where its two symbols stand side by side, times how often the word occurs, summed over the words. Places may overlap: `aaa` has the pair `("a", "a")` twice. The pair with the largest count is merged in all words. On a tie the pair whose left symbol has the smallest number wins; if that is equal too, the one whose right symbol has.
 # - Stop early when no word has two symbols left. `words` is not changed.
 #
-# `train_bpe({"abab": 2, "bc": 4}, 3)` is `[("a", "b"), ("b", "c"), ("ab", "ab")]`: in the first round `("a", "b")` and `("b", "c")` both count 4, and a has number 0. *About 14 lines*, `merge_pair` included; it need not be fast.
+# `train_bpe({"abab": 2, "bc": 4}, 3)` is `[("a", "b"), ("b", "c"), ("ab", "ab")]`: in the first round `("a", "b")` and `("b", "c")` both count 4, and a has number 0. *About 14 lines* if you call your `merge_pair`, which you may; it need not be fast.
 #
 # <details><summary>Hint 1</summary>Keep a dictionary from each word to its current symbols, and count afresh in every round: each merge changes the counts around it.</details>
 # <details><summary>Hint 2</summary><code>itertools.pairwise</code> gives the neighbours, a <code>Counter</code> the sums. <code>min</code> with a tuple as its key does "largest count, then smallest numbers" in one call.</details>
@@ -266,7 +266,12 @@ def train_bpe(words: dict[str, int], count: int) -> list[tuple[str, str]]:
         best = min(counts, key=lambda pair: (-counts[pair], numbers[pair[0]], numbers[pair[1]]))
         learnt.append(best)
         numbers.setdefault("".join(best), len(numbers))
-        split = {word: merge_pair(symbols, best) for word, symbols in split.items()}
+        for symbols in split.values():
+            place = 0
+            while place < len(symbols) - 1:
+                if (symbols[place], symbols[place + 1]) == best:
+                    symbols[place : place + 2] = ["".join(best)]
+                place += 1
     return learnt
     ### END SOLUTION
 
@@ -443,6 +448,15 @@ def train_bpe(words, count):
 
 
 # %%
+def library_tokenizer(learnt: list[tuple[str, str]]) -> Tokenizer:
+    """A byte-level tokenizer with these merges, in this order: 256 bytes and a token for each merge."""
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, learnt)]
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=learnt))
+    tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, decoders.ByteLevel()
+    return tokenizer
+
+
+# %%
 def from_the_end(words: dict[str, int], count: int) -> list[tuple[str, str]]:
     """The library's merges with characters numbered from the end of the alphabet: trained on mirrored words."""
     letters = sorted(set().union(*words))
@@ -467,14 +481,6 @@ card.record(
     label=f"tokens of {merges} that other ties would not make",
     tolerance=5,
 )
-
-
-def library_tokenizer(learnt: list[tuple[str, str]]) -> Tokenizer:
-    """A byte-level tokenizer with these merges, in this order: 256 bytes and a token for each merge."""
-    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, learnt)]
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=learnt))
-    tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, decoders.ByteLevel()
-    return tokenizer
 
 
 theirs, unseen = library_tokenizer(mine), pieces(handbook(3))
