@@ -26,7 +26,7 @@ batch_size = 8
 learning_rate = 3e-3  # for all weights of the shipped model; 1e-5 to 5e-5 for a real one
 train_tickets = 512
 test_tickets = 32  # of each run; quick: 4
-runs = 3  # each with a company, a start and an order of the data of its own
+runs = 3  # each with a company, a start and an order of the data of its own; quick: 2
 samples = 4  # of each prompt, when sampling; quick: 2
 seed = 0
 

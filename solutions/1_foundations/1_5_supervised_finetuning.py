@@ -29,7 +29,7 @@ documents = 32  # held-out documents of the pretraining stream, for measuring wh
 questions = 64  # about a passage each, in each of the two domains, for the same purpose; quick: 8
 target = 0.7  # the exact match that the product asks for
 most_forgetting = 0.5  # the rise of the stream's loss that is allowed, as a share of plain finetuning's
-runs = 3  # each with a company and an order of the data of its own
+runs = 3  # each with a company and an order of the data of its own; quick: 2
 seed = 0
 
 # %%

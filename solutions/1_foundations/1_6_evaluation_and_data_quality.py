@@ -26,7 +26,7 @@ steps = 60  # of each triage training; quick: 3
 judge_steps = 160  # quick: 3
 batch_size = 8
 test_tickets = 96  # of each run; quick: 48
-runs = 4  # each with a company, an order of the data and noise of its own
+runs = 4  # each with a company, an order of the data and noise of its own; quick: 2
 label_noise = 0.2  # the chance that a crowd worker gets a field wrong
 seed = 0
 

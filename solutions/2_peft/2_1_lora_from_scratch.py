@@ -28,7 +28,7 @@ steps = 160  # quick: 3
 batch_size = 8
 train_tickets = 1024
 test_tickets = 64  # of each run; quick: 8
-runs = 3  # each with a company, a start and an order of the data of its own
+runs = 3  # each with a company, a start and an order of the data of its own; quick: 2
 seed = 0
 
 # %%

@@ -29,7 +29,7 @@ short_steps = 16  # where only losses are compared; quick: 3
 batch_size = 2
 train_tickets = 256
 test_tickets = 24  # of each company; quick: 8
-runs = 3  # each with a company, a start and an order of the data of its own
+runs = 3  # each with a company, a start and an order of the data of its own; quick: 2
 seed = 0
 
 # %%

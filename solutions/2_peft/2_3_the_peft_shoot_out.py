@@ -31,7 +31,7 @@ batch_size = 4
 train_tickets = 256  # of each company; quick: 16
 test_tickets = 64  # of each company; quick: 8
 documents = 16  # of the text the model came from; quick: 3
-runs = 3  # each with a company, a start and an order of the data of its own
+runs = 3  # each with a company, a start and an order of the data of its own; quick: 2
 seed = 0
 
 # %%

@@ -32,7 +32,7 @@ pairs_a_run = 128  # quick: 64
 test_questions = 64  # of each run; a reply to each is drawn at every checkpoint; quick: 16
 longest_prompt = 56  # tokens; raise it for a tokenizer with shorter tokens
 kl_budget = 2.0  # nats a reply that the product allows, in every run
-runs = 3  # each with companies, pairs, a start and an order of its own
+runs = 3  # each with companies, pairs, a start and an order of its own; quick: 2
 seed = 3  # the settings above were chosen with the worlds of seed 0
 
 # %%

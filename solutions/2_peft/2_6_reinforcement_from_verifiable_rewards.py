@@ -31,7 +31,7 @@ updates = 2  # of the adapters on the answers of one step
 epsilon = 0.2  # how far a token's probability ratio may move before its gradient is cut off
 test_tickets = 24  # of each run; quick: 4
 longest_prompt = 48  # tokens; raise it for a tokenizer with shorter tokens
-runs = 3  # from the same start, each with a company, tickets, an adapter and samples of its own
+runs = 3  # from the same start, each with a company, tickets, an adapter and samples of its own; quick: 2
 seed = 3  # the settings above were chosen with the worlds of seed 0
 
 # %%
