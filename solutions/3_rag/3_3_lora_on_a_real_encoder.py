@@ -1344,7 +1344,7 @@ for measure, (found, _) in measures.items():
 #
 # ## What did it forget?
 #
-# The same adapters, on texts and questions that have nothing to do with a handbook: the Python reference and the docstrings that you have installed, with the questions of lesson 3.1's test split. While this lesson was written, the result on that split was looked at for several values of `seed`; unlike the test companies, it is not fresh. To stay affordable, the index is a pool: for each question the chunks that answer and the {{pool_depth}} that BM25 ranks first. The level is therefore flattering; the paired difference is what counts.
+# The same adapters, on texts and questions that have nothing to do with a handbook: the Python reference and the docstrings that you have installed, with the questions of lesson 3.1's test split. To stay affordable, the index is a pool: for each question the chunks that answer and the {{pool_depth}} that BM25 ranks first. The level is therefore flattering; the paired difference is what counts.
 
 # %%
 pool_depth = 4
@@ -1380,7 +1380,7 @@ card.record(
 )
 
 # %% [markdown]
-# {{real_before}} before, {{real_after}} after: {{transfer}} ({{transfer:interval}}). With {{real_questions}} questions the interval is wide: it neither shows a harm nor excludes one as large as its lower end. Where the harm would matter, switch the adapter off for that index: the base comes back exactly, as your check of `disable_adapter` showed.
+# {{real_before}} before, {{real_after}} after: {{transfer}} ({{transfer:interval}}). With {{real_questions}} questions the interval is wide: it neither shows a harm nor excludes one as large as its lower end. Nor is this split fresh, as the test companies are: while the lesson was written, its result was looked at for several values of `seed`. Where the harm would matter, switch the adapter off for that index: the base comes back exactly, as your check of `disable_adapter` showed.
 #
 # ## A reranker
 #
