@@ -3,7 +3,7 @@
 #
 # You will be able to turn text into vectors that equal a library's, search them exactly and approximately at a cost that you can count, fuse two rankings, filter without losing answers, and run the same collection in an embedded database and on a PostgreSQL server.
 #
-# **You will measure.** On {{test_questions}} test questions about a real corpus the evidence is among the first ten chunks for {{recall_bm25}} (BM25), {{recall_dense}} (dense) and {{recall_hybrid}} (hybrid); hybrid against dense is {{gain_dense}} points ({{gain_dense:interval}}). An HNSW graph finds 95 % of the true neighbours with {{hnsw_cost}} distance computations a question where exact search needs {{windows}}. A filter on the rarest source leaves {{filtered_off}} of 10 results under a database's default settings.
+# **You will measure.** On {{test_questions}} test questions about a real corpus the evidence is among the first ten chunks for {{recall_bm25}} (BM25), {{recall_dense}} (dense) and {{recall_hybrid}} (hybrid); hybrid against dense is {{gain_dense}} points ({{gain_dense:interval}}). An HNSW graph finds at least 95 % of the true neighbours with {{hnsw_cost}} distance computations a question where exact search needs {{windows}}. A filter on the rarest source leaves {{filtered_off}} of 10 results under a database's default settings.
 #
 # **You need.** Lesson 3.1 (BM25, recall, reciprocal rank, intervals by question); NumPy, and what a hidden state of a transformer is.
 #
@@ -25,7 +25,7 @@ characters = 10_000_000  # of the corpus, at most; quick: 20_000
 window = 16  # tokens of one window vector
 cells = 128  # of the inverted file; quick: 8
 budget = 800  # distance computations that a question may cost; quick: 300
-companies = 12  # whose handbooks are searched together; quick: 2
+companies = 12  # whose handbooks are searched together; quick: 1
 handbook_questions = 120  # quick: 10
 seed = 0
 
@@ -267,7 +267,7 @@ card.record(
 #
 # The corpus is the one of lesson 3.1: the Python language reference and docstrings of torch, transformers and peft, cut into chunks of at most 800 characters that respect blocks. The questions are asked in a user's words, and the evidence that answers each occurs in one place. Settings are chosen on the development questions; the test questions are looked at once.
 #
-# One pass of the encoder gives two collections. A *chunk* vector is the mean over a chunk. A *window* vector is the mean over {{window_tokens}} consecutive tokens of it, taken from the same hidden states, so each window has seen the rest of its chunk (late chunking; Günther et al., 2024). Windows cost nothing more, and there are ten times as many: enough for an index to matter.
+# One pass of the encoder gives two collections. A *chunk* vector is the mean over a chunk. A *window* vector is the mean over {{window_tokens}} consecutive tokens of it, taken from the same hidden states, so each window has seen the rest of its chunk (late chunking; Günther et al., 2024). Windows need no further pass, and there are ten times as many: enough for an index to matter.
 #
 # Texts are sorted by length before they are batched. Why? Count the padding that this saves.
 
@@ -993,7 +993,7 @@ print(f"test questions whose evidence only one of the two finds: {only}")
 #
 # The development questions chose $c = {{constant}}$, far from the paper's 60, but the table above is flat: the constant is not where the quality is.
 #
-# On the right the prediction that most people make is wrong. In one handbook dense finds the passage at rank 1 for {{one_dense}} of the questions and BM25 for {{one_bm25}}: an unseen name is no unknown token, it is a row of word pieces, and their vectors set one name apart from a few dozen others. The first passage holds the name for {{named_one_dense}} of the questions with dense search, for {{named_one_bm25}} with BM25, which matches it exactly and then lets the other words of the question outweigh it. But the advantage does not last. With {{all_passages}} passages there are many names of the same pieces: dense has the right name first for {{named_all_dense}}, the right passage for {{all_dense}}, while BM25 is at {{all_bm25}}; hybrid, which at first loses to dense, is now ahead of it by {{late_gain}} points ({{late_gain:interval}}). Sciavolino et al. (2021) found the end of this curve at the scale of Wikipedia: on rare names dense retrievers lost to BM25.
+# On the right the prediction that most people make is wrong. In one handbook dense finds the passage at rank 1 for {{one_dense}} of the questions and BM25 for {{one_bm25}}: an unseen name is no unknown token, it is a row of word pieces, and their vectors set one name apart from a few dozen others. The first passage holds the name for {{named_one_dense}} of the questions with dense search, for {{named_one_bm25}} with BM25, which matches it exactly and then lets the other words of the question outweigh it. But the advantage does not last. With {{all_passages}} passages there are many names of the same pieces: dense has the right name first for {{named_all_dense}}, the right passage for {{all_dense}}, while BM25 is at {{all_bm25}}; hybrid, which at first loses to dense, is now ahead of it by {{late_gain}} points ({{late_gain:interval}}). At the scale of Wikipedia, Sciavolino et al. (2021) found dense retrievers behind BM25 on questions about rare names.
 #
 # What this does not show: how the curves go on beyond twelve companies, and anything about names of another make, such as part numbers.
 #
@@ -1450,9 +1450,9 @@ ax.set(
 plt.show()
 
 # %% [markdown]
-# Both curves start steep: the first half of the neighbours is nearly free, the last five percent cost as much as all the rest. To find 95 % takes {{hnsw_cost}} inner products with the graph, {{ivf_cost}} with the inverted file, {{windows}} exactly (the nearest setting that reaches it). Your own IVF agrees with faiss on {{ivf_agreement}} of the ids, and counts the same work.
+# Both curves start steep: the first half of the neighbours is nearly free, the last five percent cost as much as all the rest. To find at least 95 % takes {{hnsw_cost}} inner products with the graph, {{ivf_cost}} with the inverted file (the cheapest setting of each that reaches it), and {{windows}} find all. Your own IVF agrees with faiss on {{ivf_agreement}} of the ids, and counts the same work.
 #
-# Not in the figure: what it costs to *build*. The graph computes several hundred inner products for each vector it adds, k-means a few passes over all of them, the flat index none. And the bands are over questions only; another corpus has another curve. The bad habit to avoid is to measure with stored vectors as queries: questions lie elsewhere than passages, and are harder.
+# Not in the figure: what it costs to *build*. K-means compares every vector with all 128 centroids in each of its ten passes; the graph makes a search with a list of 64 for every vector that it adds, and prunes links on top; the flat index computes nothing. And the bands are over questions only; another corpus has another curve. The bad habit to avoid is to measure with stored vectors as queries: questions lie elsewhere than passages, and are harder.
 #
 # ### Bytes
 #
@@ -1462,6 +1462,7 @@ plt.show()
 scalar = faiss.IndexScalarQuantizer(dimension, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
 product = faiss.IndexPQ(dimension, 24, 8, faiss.METRIC_INNER_PRODUCT)
 product.pq.cp.niter = 10
+product.pq.cp.min_points_per_centroid = 1  # of 256 centroids; faiss would warn of the few points of a quick run
 for index in (scalar, product):
     index.train(windows)
     index.add(windows)
@@ -1736,6 +1737,8 @@ ax.set(
 )
 label_lines(ax)
 plt.show()
+friendly = np.mean([len(post_filter(full[i], source == own_source[i], K, 40)) for i in development])
+print(f"each question with its own source as the filter, fetch 40: {friendly:.1f} of {K} results left")
 columns = ["source", "share", "left of 10 at fetch 40", "fetch for all 10, median", "95% of questions"]
 display(
     pd.DataFrame(rows, columns=columns)
@@ -1744,6 +1747,9 @@ display(
 )
 card.record("rare_share", rows[-1][1], format=".0%", label="share of the rarest source", tolerance=0.01)
 card.record(
+    "own_left", friendly, format=".1f", label="results left of 10 at fetch 40, the question's own source", tolerance=0.4
+)
+card.record(
     "rare_left", rows[-1][2], format=".1f", label="results left of 10 at fetch 40, rarest source", tolerance=0.4
 )
 card.record(
@@ -1751,7 +1757,7 @@ card.record(
 )
 
 # %% [markdown]
-# The dotted lines are what independence predicts, `fetch` times the share. Reality is far below it: the questions are about something else than the filter, so the allowed windows stand at the end of the ranking. With `fetch` at 40, a common default, a filter that keeps {{rare_share}} leaves {{rare_left}} of 10 results, and half of the questions need more than {{rare_fetch}} fetched to lose none. Even a filter that keeps half of everything loses most of its results. For a question about its own source, filter and ranking agree and nothing is lost, which is why this passes every friendly test.
+# The dotted lines are what independence predicts, `fetch` times the share. Reality is far below it: the questions are about something else than the filter, so the allowed windows stand at the end of the ranking. With `fetch` at 40, pgvector's default, a filter that keeps {{rare_share}} leaves {{rare_left}} of 10 results, and half of the questions need more than {{rare_fetch}} fetched to lose none. Even a filter that keeps half of everything loses most of its results. With the question's own source as the filter, ranking and filter agree, and {{own_left}} of 10 are left: that is why this passes every friendly test.
 #
 # ## Decide: which index, at which setting
 #
@@ -1763,16 +1769,16 @@ frame = pd.DataFrame(
         (
             s.name,
             s.computed[development].mean(),
-            np.quantile(s.computed[development], 0.95),
+            np.quantile(s.computed[development], 0.95, method="inverted_cdf"),
             s.recall[development].mean(),
         )
         for s in settings.values()
     ],
-    columns=["setting", "inner products, mean", "95% quantile", "neighbours found"],
+    columns=["setting", "inner products, mean", "95% need at most", "neighbours found"],
 )
 display(
     frame.style.format(
-        {"inner products, mean": "{:,.0f}", "95% quantile": "{:,.0f}", "neighbours found": "{:.1%}"}
+        {"inner products, mean": "{:,.0f}", "95% need at most": "{:,.0f}", "neighbours found": "{:.1%}"}
     ).hide(axis="index")
 )
 print(f"budget: {budget}")
@@ -2036,19 +2042,19 @@ rows = []
 for who, name in (("the rule", winner.name), ("you", my_choice)):
     if name in tested:
         s = tested[name]
-        rows.append((who, name, np.mean(s.computed <= budget), s.computed.mean(), str(interval(s.recall))))
+        rows.append((who, name, np.sum(s.computed > budget), s.computed.mean(), str(interval(s.recall))))
 display(
     pd.DataFrame(
         rows,
         columns=[
             "chosen by",
             "setting",
-            "questions within the budget",
+            "questions over the budget",
             "inner products, mean",
             "neighbours found, test",
         ],
     )
-    .style.format({"questions within the budget": "{:.0%}", "inner products, mean": "{:,.0f}"})
+    .style.format({"inner products, mean": "{:,.0f}"})
     .hide(axis="index")
 )
 s = tested[winner.name]
@@ -2071,7 +2077,7 @@ card.record(
 )
 card.record(
     "chosen_within",
-    np.mean(s.computed <= budget),
+    1 - np.mean(s.computed > budget),
     format=".0%",
     label="test questions within the budget, chosen setting",
     tolerance=0.08,
@@ -2082,12 +2088,15 @@ card.record(
 #
 # ## The same collection in two databases
 #
-# **LanceDB** runs inside your process and keeps a table in a folder, as SQLite does. **PostgreSQL** with the extension `pgvector` is a server that your company may run already; here it comes from a wheel and lives as long as the `with` block. Both hold the windows with their sources. First the exact search, which must give your answers: at each rank the score of what the database returns must equal the score of what you found (ids may differ where two windows have equal text).
-#
-# Two habits to copy. Values go to SQL as *parameters* (`%s` and a tuple), never into the string: a question is a stranger's text. And bulk loading uses `COPY`, in one transaction.
-
+# **LanceDB** runs inside your process and keeps a table in a folder, as SQLite does. **PostgreSQL** with the extension `pgvector` is a server that your company may run already. Both hold the windows with their sources. First the exact search, which must give your answers: at each rank the score of what the database returns must equal the score of what you found (ids may differ where two windows have equal text). Then a graph with the settings of the one above, and the rarest source as a filter.
 
 # %%
+import lancedb  # here and not above: it starts threads
+import pyarrow
+from lancedb.expr import col, lit
+from lancedb.index import HnswFlat
+
+
 def same_ids(found: Sequence[Sequence[int]]) -> float:
     """The share of ranks at which what was found is the exact answer to the letter."""
     return float(np.mean(np.array(found) == exact))
@@ -2102,13 +2111,68 @@ def score_gap(found: Sequence[Sequence[int]]) -> float:
     return float(max(gaps))
 
 
+elsewhere = [int(i) for i in development if own_source[i] != rare]  # questions about another source than the filter's
+with tempfile.TemporaryDirectory() as store:
+    table = lancedb.connect(store).create_table(
+        "passage",
+        pyarrow.table(
+            {
+                "id": pyarrow.array(range(n), pyarrow.int32()),
+                "source": source.tolist(),
+                "vector": pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(windows.ravel()), dimension),
+            }
+        ),
+    )
+
+    def look(query: np.ndarray, only: str | None = None, prefilter: bool = True) -> list[int]:
+        search = table.search(query).distance_type("dot").select(["id", "_distance"]).limit(K)
+        search = search if only is None else search.where(col("source") == lit(only), prefilter=prefilter)
+        return search.to_arrow()["id"].to_pylist()
+
+    embedded_rows = [look(query) for query in queries]
+    embedded_gap, embedded_same = score_gap(embedded_rows), same_ids(embedded_rows)
+    table.create_index("vector", config=HnswFlat(distance_type="dot", num_partitions=1, m=16, ef_construction=64))
+    print(table.search(queries[0]).distance_type("dot").select(["id", "_distance"]).limit(K).explain_plan())
+    embedded_rows = [look(query) for query in queries]
+    kept_rows = {pre: float(np.mean([len(look(queries[i], rare, pre)) for i in elsewhere])) for pre in (True, False)}
+
+embedded_found = float(np.mean([len(set(a) & set(b)) / K for a, b in zip(embedded_rows, exact.tolist(), strict=True)]))
+print(f"exact search: scores differ from yours by {embedded_gap:.1g} at most")
+print(f"HNSW: {embedded_found:.0%} of the neighbours found")
+for pre, left_of in kept_rows.items():
+    print(f"filter {'before' if pre else 'after'} the index: {left_of:.1f} of {K} results of {rare!r}")
+card.record(
+    "embedded_same",
+    embedded_same,
+    format=".0%",
+    label="ranks at which LanceDB's exact search returns your id",
+    tolerance=0.05,
+)
+card.record("embedded_found", embedded_found, format=".0%", label="neighbours found by LanceDB's HNSW", tolerance=0.08)
+card.record(
+    "embedded_after",
+    kept_rows[False],
+    format=".1f",
+    label="filtered results of 10, LanceDB, filter after the index",
+    tolerance=0.6,
+)
+card.record(
+    "embedded_before", kept_rows[True], format=".1f", label="filtered results of 10, LanceDB, prefilter", tolerance=0.6
+)
+
+# %% [markdown]
+# LanceDB filters *before* the search unless told otherwise and keeps all {{embedded_before}} results; with `prefilter=False` {{embedded_after}} of 10 are left, since only the ten nearest were there to be filtered. The filter is an expression, `col("source") == lit(only)`, and not a string that somebody's input could end.
+#
+# Now the server, which comes from a wheel here and lives as long as the `with` block. (Inside the grader's sandbox it may not start. This cell then says so, and no check needs it.) Two habits to copy. Values go to SQL as *parameters* (`%s` and a tuple), never into the string: a question is a stranger's text. And bulk loading uses `COPY`, in one transaction.
+
+
+# %%
 def plan(connection: psycopg.Connection, sql: str, parameters: tuple) -> str:
     """What the server does for a query, the vector left out."""
     head = "EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, SUMMARY OFF, BUFFERS OFF) "
     return "\n".join(re.sub(r"'\[.*?\]'", "'[...]'", row[0]) for row in connection.execute(head + sql, parameters))
 
 
-elsewhere = [int(i) for i in development if own_source[i] != rare]  # questions about another source than the filter's
 nearest = "SELECT id FROM passage ORDER BY embedding <#> %s LIMIT %s"  # <#> is the negative inner product
 filtered = "SELECT id FROM passage WHERE source = %s ORDER BY embedding <#> %s LIMIT %s"
 with postgres.server() as uri, psycopg.connect(uri, autocommit=True) as connection:
@@ -2143,6 +2207,18 @@ with postgres.server() as uri, psycopg.connect(uri, autocommit=True) as connecti
     index_bytes = connection.execute("SELECT pg_relation_size('passage_embedding_idx')").fetchone()[0] / n
 
 server_found = float(np.mean([len(set(a) & set(b)) / K for a, b in zip(server_rows, exact.tolist(), strict=True)]))
+display(
+    pd.DataFrame(
+        [
+            ("scores of the exact search differ from yours by", f"{server_gap:.1g}", f"{embedded_gap:.1g}"),
+            ("ranks with the same id", f"{server_same:.0%}", f"{embedded_same:.0%}"),
+            (f"of the {K} neighbours found by HNSW, default search", f"{server_found:.0%}", f"{embedded_found:.0%}"),
+            ("filtered results of 10, filter after the index", f"{left_over['off']:.1f}", f"{kept_rows[False]:.1f}"),
+            ("the same, iterative scan / prefilter", f"{left_over['strict_order']:.1f}", f"{kept_rows[True]:.1f}"),
+        ],
+        columns=["", "PostgreSQL", "LanceDB"],
+    ).style.hide(axis="index")
+)
 card.record(
     "server_same",
     server_same,
@@ -2172,76 +2248,11 @@ card.record(
 )
 
 # %% [markdown]
-# Read the plans from the inside out. Without an index the server scans all rows and keeps a heap of ten: your exact search, and the same ids at {{server_same}} of the ranks. With the index it finds {{server_found}} of the neighbours at pgvector's default `hnsw.ef_search = 40`, for {{server_bytes}} bytes a vector on top of the table.
+# Read the plans from the inside out. Without an index the server scans all rows and keeps a heap of ten: your exact search, and the same ids at {{server_same}} of the ranks. With the index it finds {{server_found}} of the neighbours at pgvector's default `hnsw.ef_search = 40`, for {{server_bytes}} bytes a vector on top of the table. LanceDB's graph finds {{embedded_found}} at its own default, which is a shorter list: compare databases at equal recall, never at defaults.
 #
-# Then the filter. `Rows Removed by Filter: 40` says it all: the index returned its 40 candidates, the filter removed them, and {{filtered_off}} of 10 results are left on average. No error, no warning. `hnsw.iterative_scan = strict_order` (pgvector 0.8) goes on walking the graph until ten have passed: {{filtered_on}} of 10. Without `enable_seqscan = off`, which is there to show the index on a small table, the planner may choose differently from day to day, as its statistics change; a test must look at the number of rows.
-
-# %%
-import lancedb  # here and not above: it starts threads
-import pyarrow
-from lancedb.expr import col, lit
-from lancedb.index import HnswFlat
-
-with tempfile.TemporaryDirectory() as store:
-    table = lancedb.connect(store).create_table(
-        "passage",
-        pyarrow.table(
-            {
-                "id": pyarrow.array(range(n), pyarrow.int32()),
-                "source": source.tolist(),
-                "vector": pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(windows.ravel()), dimension),
-            }
-        ),
-    )
-
-    def look(query: np.ndarray, only: str | None = None, prefilter: bool = True) -> list[int]:
-        search = table.search(query).distance_type("dot").select(["id", "_distance"]).limit(K)
-        search = search if only is None else search.where(col("source") == lit(only), prefilter=prefilter)
-        return search.to_arrow()["id"].to_pylist()
-
-    embedded_rows = [look(query) for query in queries]
-    embedded_gap, embedded_same = score_gap(embedded_rows), same_ids(embedded_rows)
-    table.create_index("vector", config=HnswFlat(distance_type="dot", num_partitions=1, m=16, ef_construction=64))
-    print(table.search(queries[0]).distance_type("dot").select(["id", "_distance"]).limit(K).explain_plan())
-    embedded_rows = [look(query) for query in queries]
-    kept_rows = {pre: float(np.mean([len(look(queries[i], rare, pre)) for i in elsewhere])) for pre in (True, False)}
-
-embedded_found = float(np.mean([len(set(a) & set(b)) / K for a, b in zip(embedded_rows, exact.tolist(), strict=True)]))
-display(
-    pd.DataFrame(
-        [
-            ("scores of the exact search differ from yours by", f"{server_gap:.1g}", f"{embedded_gap:.1g}"),
-            ("ranks with the same id", f"{server_same:.0%}", f"{embedded_same:.0%}"),
-            (f"of the {K} neighbours found by HNSW, default search", f"{server_found:.0%}", f"{embedded_found:.0%}"),
-            ("filtered results of 10, filter after the index", f"{left_over['off']:.1f}", f"{kept_rows[False]:.1f}"),
-            ("the same, iterative scan / prefilter", f"{left_over['strict_order']:.1f}", f"{kept_rows[True]:.1f}"),
-        ],
-        columns=["", "PostgreSQL", "LanceDB"],
-    ).style.hide(axis="index")
-)
-card.record(
-    "embedded_same",
-    embedded_same,
-    format=".0%",
-    label="ranks at which LanceDB's exact search returns your id",
-    tolerance=0.05,
-)
-card.record("embedded_found", embedded_found, format=".0%", label="neighbours found by LanceDB's HNSW", tolerance=0.08)
-card.record(
-    "embedded_after",
-    kept_rows[False],
-    format=".1f",
-    label="filtered results of 10, LanceDB, filter after the index",
-    tolerance=0.6,
-)
-card.record(
-    "embedded_before", kept_rows[True], format=".1f", label="filtered results of 10, LanceDB, prefilter", tolerance=0.6
-)
-
-# %% [markdown]
-# The exact search of both databases equals yours. Their HNSW graphs differ at default settings ({{server_found}} and {{embedded_found}} of the neighbours), as they search with different list sizes: compare databases at equal recall, never at defaults. LanceDB filters *before* the search unless told otherwise and keeps all {{embedded_before}} results; with `prefilter=False` {{embedded_after}} of 10 are left, since only the ten nearest were there to be filtered. The filter is an expression, `col("source") == lit(only)`, and not a string that somebody's input could end.
+# Then the filter. `Rows Removed by Filter` says it all: the index returned its 40 candidates, the filter removed nearly all of them, and {{filtered_off}} of 10 results are left on average. No error, no warning. `hnsw.iterative_scan = strict_order` (pgvector 0.8) goes on walking the graph until ten have passed: {{filtered_on}} of 10. Without `enable_seqscan = off`, which is there to show the index on a small table, the planner may choose differently from day to day, as its statistics change; a test must look at the number of rows.
 #
-# Which one? LanceDB needs no server, keeps its table in a folder or a bucket, and has one writer in mind. PostgreSQL adds transactions, joins with the tables that say who may read what, and people who know how to back it up. At this size neither is about speed.
+# Which one? LanceDB needs no server and keeps its table in a folder or a bucket. PostgreSQL adds transactions over several tables, joins with those that say who may read what, and people who know how to back it up. At this size neither is about speed.
 #
 # ## With a real model
 #
