@@ -30,9 +30,9 @@ handbook_questions = 120  # quick: 10
 seed = 0
 
 # %%
-import logging
 import math
 import re
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -64,8 +64,9 @@ from labkit.results import ResultCard
 from labkit.retrieval import chunks, difference, interval, recall, reciprocal_rank, relevance
 from labkit.world import LESSON_SEEDS, World
 
-# bitsandbytes, where it is installed, says on import which optional CPU kernel it did not find.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# Where bitsandbytes is installed, sentence-transformers loads it by way of peft: seconds and a warning, for quantised
+# models that this lesson does not use. To Python, a module that is None here is not installed.
+sys.modules["bitsandbytes"] = None
 from sentence_transformers import SentenceTransformer
 
 use_house_style()
@@ -1322,7 +1323,7 @@ def ivf_search(query, vectors, centroids, lists, k, nprobe):
 
 # %% alternative="one sort splits the cells, the best of each list are merged" of="ivf"
 def build_lists(vectors, centroids):
-    cell = np.argmax(np.einsum("nd,cd->nc", vectors, centroids), axis=1)
+    cell = np.argmax(np.einsum("vd,cd->vc", vectors, centroids), axis=1)
     order = np.argsort(cell, kind="stable")
     return np.split(order, np.searchsorted(cell[order], np.arange(1, len(centroids))))
 
