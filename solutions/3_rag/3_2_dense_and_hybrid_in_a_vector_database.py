@@ -21,8 +21,8 @@
 # %% tags=["parameters"]
 encoder_id = "shipped"  # "shipped" (all-MiniLM-L6-v2), or another BERT-like sentence encoder with mean pooling
 device = "cpu"  # "cpu", "cuda" or "mps"
-characters = 10_000_000  # of the corpus, at most; quick: 20_000
-window = 16  # tokens of one window vector
+characters = 10_000_000  # of the corpus, at most; quick: 12_000
+window = 16  # tokens of one window vector; quick: 8
 cells = 128  # of the inverted file; quick: 8
 budget = 800  # distance computations that a question may cost; quick: 300
 companies = 12  # whose handbooks are searched together; quick: 1
