@@ -610,9 +610,7 @@ got = np.asarray(fuse([[5, 2, 3], [4, 1, 2]], 5, 1)).tolist()
 assert got[:1] != [4], (
     "Ranks start at 1: yours gives the first place 1 / constant, so one first place beats two middle ones"
 )
-assert got != [2], (
-    "You kept only what all rankings hold: a missing document gets nothing from that ranking, and stays"
-)
+assert got != [2], "You kept only what all rankings hold: a missing document gets nothing from that ranking, and stays"
 assert got[:1] == [2], f"2 is in both rankings and has 1/3 + 1/4 = 0.583, more than any other; yours begins {got[:3]}"
 assert got[:3] != [2, 5, 4], "5 and 4 have 1/2 each: equal scores go by the smaller id, so 4 comes before 5"
 assert got == [2, 4, 5, 1, 3], f"Right is [2, 4, 5, 1, 3] (0.583, 0.5, 0.5, 0.333, 0.25); yours is {got}"
