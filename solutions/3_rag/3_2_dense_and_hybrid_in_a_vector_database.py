@@ -1004,18 +1004,19 @@ print(f"test questions whose evidence only one of the two finds: {only}")
 #
 # You count distance computations and not milliseconds: they are the same on every machine and on a busy one, and they are what a faster chip multiplies. What counting leaves out (cache misses of a graph, the fixed cost of a call) is real too, and small beside it when vectors have hundreds of dimensions.
 
+
 # %%
-kmeans = faiss.Kmeans(windows.shape[1], cells, niter=10, seed=seed, spherical=True)  # spherical: centroids of length 1
-kmeans.train(windows)
-centroids = kmeans.centroids
-
-
 class Found(NamedTuple):
     """What one search returned, (at most k,) ids, best first, and how many inner products it computed."""
 
     ids: np.ndarray
     computed: int
 
+
+# %%
+kmeans = faiss.Kmeans(windows.shape[1], cells, niter=10, seed=seed, spherical=True)  # spherical: centroids of length 1
+kmeans.train(windows)
+centroids = kmeans.centroids
 
 # %% [markdown]
 # **Exercise.** Write both parts of the index.
