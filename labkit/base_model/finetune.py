@@ -1,7 +1,7 @@
 """Short supervised finetuning on chat pairs, and greedy answers: what the evaluations of the base model need."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +29,18 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return str(rendered)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], list[int]]:
+Layout = Callable[[PreTrainedTokenizerBase, str], str]
+"""From a prompt to the full text before the reply, special tokens included."""
+
+
+def plain_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text on lines of its own, as in the pretraining stream, where an answer follows its question."""
+    return f"{tokenizer.bos_token or ''}{text}\n"
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, pair: Pair, layout: Layout = chat_prompt) -> tuple[list[int], list[int]]:
     """Token ids of a pair and its labels, which ignore the prompt."""
-    prompt = tokenizer(chat_prompt(tokenizer, pair.prompt), add_special_tokens=False)["input_ids"]
+    prompt = tokenizer(layout(tokenizer, pair.prompt), add_special_tokens=False)["input_ids"]
     reply = [*tokenizer(pair.reply, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     return [*prompt, *reply], [*[IGNORED] * len(prompt), *reply]
 
@@ -44,12 +53,13 @@ def finetune(
     rate: float,
     batch: int = 16,
     seed: int = 0,
+    layout: Layout = chat_prompt,
 ) -> float:
     """Train what requires a gradient once through the pairs, in a seeded order, with AdamW; returns the seconds taken.
 
     The rate warms up over ten steps and falls linearly to 0.
     """
-    encoded = [encode(tokenizer, pair) for pair in pairs]
+    encoded = [encode(tokenizer, pair, layout) for pair in pairs]
     order = Draw("finetune", seed).order(range(len(encoded)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
     device = next(model.parameters()).device

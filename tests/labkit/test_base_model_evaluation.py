@@ -6,7 +6,7 @@ import pytest
 from labkit import base_model
 from labkit.base_model.card import TARGETS, written
 from labkit.base_model.evaluate import Quantity, exact, quantity, reading_pairs
-from labkit.base_model.finetune import Pair, encode
+from labkit.base_model.finetune import Pair, encode, plain_prompt
 from labkit.base_model.probe import IGNORED, copying, reading_prompt, validation
 from labkit.world import World
 from labkit.world.domains import DOMAINS
@@ -59,6 +59,12 @@ def test_the_prompt_is_no_label() -> None:
     answer = [i for i, y in zip(ids, labels, strict=True) if y != IGNORED]
     assert TOKENIZER.decode(answer) == "Here<|end|>"
     assert ids[: len(ids) - len(answer)] == TOKENIZER("<|user|>Where?<|end|><|assistant|>")["input_ids"]
+
+
+def test_a_pair_in_plain_text_is_its_lines() -> None:
+    ids, labels = encode(TOKENIZER, Pair("Where?", "Here"), plain_prompt)
+    assert TOKENIZER.decode(ids) == "<|start|>Where?\nHere<|end|>"
+    assert sum(y != IGNORED for y in labels) < len(ids)
 
 
 def test_the_shipped_model_reads_and_knows_its_language() -> None:
