@@ -286,7 +286,10 @@ def test_a_command_that_is_stopped_takes_its_kernels_along(tmp_path: Path, endin
     )
     course = course_of(tmp_path, _1_1_waits=waits)
     command = subprocess.Popen(
-        [Path(sys.executable).with_name("course"), "run"], cwd=course.root, stderr=subprocess.DEVNULL
+        [Path(sys.executable).with_name("course"), "run"],
+        cwd=course.root,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
     while not (tmp_path / "begun").exists():
         assert command.poll() is None, "the command ended before its lesson began"
