@@ -204,6 +204,11 @@ assert "```\n" not in got, "The line that closes a fence is still inside it: no 
 assert got == ["Say:\n", "```\na\n\nb\n```\n", "End\n"], (
     f"Inside a fence nothing is cut, indented or not: 'Say:', the fence, 'End'; yours are {got}"
 )
+inline = "Use ``` here\nA\nB\n"
+got = letters(inline, block_spans(inline, 5))
+assert got == ["Use ``` here\n", "A\nB\n"], (
+    f"Only a line that *starts* with three backticks opens a fence, not one that mentions them; yours are {got}"
+)
 assert block_spans("", 5) == [], "An empty text has no chunks"
 ### BEGIN HIDDEN TESTS
 _rng = np.random.default_rng(1)
@@ -329,6 +334,33 @@ def window_spans(length, size, overlap):
 def block_spans(text, size):
     cuts = [0, *(m.start() for m in re.finditer(r"(?m)^\S", text) if m.start()), len(text)]
     return [(cuts[i], cuts[i + 1]) for i in range(len(cuts) - 1)]
+
+
+# %% mistake="a fence wherever backticks stand" of="chunkers" says="not one that mentions them"
+def window_spans(length, size, overlap):
+    if not 0 <= overlap < size:
+        raise ValueError("0 <= overlap < size")
+    spans, start = [], 0
+    while length > 0 and (not spans or spans[-1][1] < length):
+        spans.append((start, min(start + size, length)))
+        start += size - overlap
+    return spans
+
+
+def block_spans(text, size):
+    cuts, at, fenced = [], 0, False
+    for line in text.splitlines(keepends=True):
+        if at and not fenced and not line[0].isspace():
+            cuts.append(at)
+        fenced ^= "```" in line
+        at += len(line)
+    spans = []
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        if spans and end - spans[-1][0] <= size:
+            spans[-1] = (spans[-1][0], end)
+        elif end:
+            spans.append((start, end))
+    return spans
 
 
 # %% mistake="ignores fences" of="chunkers" says="closes a fence"
@@ -1295,6 +1327,7 @@ linked(given)
 assert given == [{"a", "b"}, {"b"}], "You changed the sets: work on copies"
 ### BEGIN HIDDEN TESTS
 assert list(linked([])) == [], "No questions, no groups"
+assert list(linked([{1}, {"1"}])) == [0, 1], "The number 1 and the text '1' are two keys"
 _rng = np.random.default_rng(6)
 for _case in range(40):
     _q, _pool = int(_rng.integers(1, 25)), int(_rng.integers(1, 40))
@@ -1336,6 +1369,19 @@ def linked(keys):
             groups.append(set(own))
             found.append(len(groups) - 1)
     return found
+
+
+# %% mistake="makes texts of the keys" of="linked" says="are two keys"
+def linked(keys):
+    groups = {}
+    for i, own in enumerate(keys):
+        merged = {i} | {j for j in range(i) if {*map(str, own)} & {*map(str, keys[j])}}
+        for j in [j for j in merged if j in groups]:
+            merged |= groups[j]
+        for j in merged:
+            groups[j] = merged
+    names = {}
+    return [names.setdefault(min(groups[i]), len(names)) for i in range(len(keys))]
 
 
 # %% mistake="the empty sets together" of="linked" says="each is alone"
@@ -1870,6 +1916,11 @@ got = choose({"steady": steady, "old": old, "better": better}, "old", each)
 assert got == "better", (
     "Both qualify, and 'better' has the higher mean: the lower bound decides who qualifies, the mean who is best"
 )
+got = choose({"lucky": lucky, "old": old, "steady": steady}, "old", each)
+assert got == "steady", (
+    "'lucky' has the highest mean and does not qualify, 'steady' does: ask first who qualifies, then who is best; "
+    f"yours is {got!r}"
+)
 assert choose({"a": steady, "old": old, "b": steady.copy()}, "old", each) == "a", "Of equals, return the first"
 ### BEGIN HIDDEN TESTS
 _rng = np.random.default_rng(9)
@@ -1912,6 +1963,15 @@ my_tokeniser = "singular"
 def choose(values, baseline, groups):
     clear = [name for name in values if difference(values[name], values[baseline]).low > 0]
     return max(clear, key=lambda name: values[name].mean(), default=baseline)
+
+
+# %% mistake="the best must qualify, or nobody" of="choose" says="ask first who qualifies"
+my_tokeniser = "words"
+
+
+def choose(values, baseline, groups):
+    best = max(values, key=lambda name: values[name].mean())
+    return best if difference(values[best], values[baseline], groups).low > 0 else baseline
 
 
 # %% mistake="any clear difference" of="choose" says="candidate minus baseline"
