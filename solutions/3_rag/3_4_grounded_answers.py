@@ -769,6 +769,8 @@ for _value, _text, _want in [
     ("kg", "5kg, kg5, (kg) kg", [(11, 13), (15, 17)]),
     ("é", "née é", [(4, 5)]),
     ("2004", "2004 2004", [(0, 4), (5, 9)]),
+    ("14", "v_14", [(2, 4)]),  # an underscore is neither a letter nor a digit
+    ("felt", "éfelt felt", [(6, 10)]),
     ("steel", "tin", []),
 ]:
     _got = [tuple(_span) for _span in find_value(_value, _text)]
@@ -800,6 +802,16 @@ for _value, _text, _want in [
 # %% mistake="any substring" of="find-value" says="inside of 14 kg"
 def find_value(value, text):
     return [match.span() for match in re.finditer(re.escape(value), text)] if value else []
+
+
+# %% mistake="letters of English only" of="find-value" says="stands alone in 'éfelt felt'"
+def find_value(value, text):
+    return [m.span() for m in re.finditer(rf"(?<![A-Za-z0-9]){re.escape(value)}(?![A-Za-z0-9])", text)] if value else []
+
+
+# %% mistake="an underscore counts as a letter" of="find-value" says="stands alone in 'v_14'"
+def find_value(value, text):
+    return [match.span() for match in re.finditer(rf"(?<!\w){re.escape(value)}(?!\w)", text)] if value else []
 
 
 # %% mistake="the first only" of="find-value" says="not only the first"
