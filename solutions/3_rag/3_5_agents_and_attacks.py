@@ -415,14 +415,27 @@ with connected(make_server()) as _session:
         _want = _terms[0] + sum(t if s == "+" else -t for s, t in zip(_signs[1:], _terms[1:], strict=True))
         for _text in (_given, _given.replace(" ", "")):
             assert _session.call("calculate", expression=_text) == str(_want), f"{_text} = {_want}"
-    assert _session.call("calculate", expression="007 + 1") == "8", (
-        "Digits are a whole number, also with a leading zero"
-    )
+    try:
+        _got = _session.call("calculate", expression="007 + 1")
+    except ToolFailedError as _error:
+        _got = str(_error)
+    assert _got == "8", f"Digits are a whole number, also with leading zeros: '007 + 1' is 8; yours: {_got}"
 ### END HIDDEN TESTS
 
 # %% check="make-server" points=2
 with connected(make_server()) as session:
-    for expression in ("len('abc')", "2 ** 9", "3 * 4", "(1 + 2)", "1 + 2; 3", "12 34", "", "1 +", "one + two"):
+    for expression in (
+        "len('abc')",
+        "2 ** 9",
+        "3 * 4",
+        "(1 + 2)",
+        "1 + 2; 3",
+        "12 34",
+        "",
+        "1 +",
+        "-3 + 4",
+        "one + two",
+    ):
         try:
             got = session.call("calculate", expression=expression)
         except ToolFailedError as error:
@@ -501,6 +514,20 @@ def make_server():
     def calculate(expression: str) -> str:
         """A calculator."""
         return str(sum(map(int, expression.split("+"))))
+
+    return server
+
+
+# %% mistake="takes a sign at the beginning" of="make-server" says="is outside the grammar"
+def make_server():
+    server = MCPServer("arithmetic", log_level="CRITICAL")
+
+    @server.tool()
+    def calculate(expression: str) -> str:
+        """The value of a sum."""
+        if not re.fullmatch(r"\s*[+-]?\s*\d+(\s*[+-]\s*\d+)*\s*", expression):
+            raise ToolError(f"no sum: {expression}")
+        return str(sum(map(int, re.findall(r"[+-]?\d+", re.sub(r"\s", "", expression)))))
 
     return server
 
@@ -738,6 +765,18 @@ assert _done == ["look Q", "post hi"], f"Each call is executed once, in order; y
 assert _prompts[-1] == agent.prompt(
     "T", ["Error: cannot read this", "page of Q", "Error: cannot read this", "posted"]
 ), "Errors are observations like any other"
+
+
+def _stopped(x: str) -> str:
+    raise KeyboardInterrupt
+
+
+try:
+    run("T", scripted("look Q", "42")[0], simple_read, {"look": _stopped}, always, 5)
+    _ended = False
+except KeyboardInterrupt:
+    _ended = True
+assert _ended, "Catch Exception and no more: whoever interrupts the agent (KeyboardInterrupt) wants it to stop"
 ### END HIDDEN TESTS
 
 # %% check="agent-loop" points=2
@@ -761,6 +800,10 @@ assert got.stop == "repeat", (
 assert done == ["look A", "post hi"], f"A repeated call is not executed again; the tools did {done}"
 assert got.answer is None, f"A repeat ends without an answer; yours is {got.answer!r}"
 assert len(got.steps) == 3, f"The repeated call has its step as well; yours are {got.steps}"
+got = run("Who?", scripted("look A", "post A", "7")[0], simple_read, desk()[0], always, 9)
+assert got.stop == "answer", (
+    f"Two tools with the same arguments are two calls: compare tool and arguments; yours ended with {got.stop!r}"
+)
 ### BEGIN HIDDEN TESTS
 for _budget in (1, 2, 7):
     _ask, _prompts = scripted(*(f"look {i}" for i in range(20)))
@@ -779,6 +822,9 @@ assert got.steps[0].observation == REFUSED, (
     f"The observation of a refused call is REFUSED, {REFUSED!r}; yours is {got.steps[0].observation!r}"
 )
 assert (got.answer, done) == ("7", ["look A"]), f"After a refusal the run goes on; yours is {got}, tools did {done}"
+assert prompts[1] == agent.prompt("Who?", [REFUSED]), (
+    f"The model must see that it was refused, or it will ask again: REFUSED is an observation; yours: {prompts[1]!r}"
+)
 got = run("Who?", scripted("post a", "post a", "7")[0], simple_read, desk()[0], lambda call: False, 5)
 assert got.stop == "repeat", f"A refused call that is made again is a repeat as well; yours ended with {got.stop!r}"
 ### BEGIN HIDDEN TESTS
@@ -931,6 +977,75 @@ def run(task, ask, read, tools, permit, budget):
         except Exception as error:
             seen = f"Error: {error}"
         steps.append(Step(reply, seen))
+    return Trace(steps, None, "budget")
+
+
+# %% mistake="the model does not see a refusal" of="agent-loop" says="The model must see that it was refused"
+def run(task, ask, read, tools, permit, budget):
+    steps, observations, calls = [], [], []
+    for _ in range(budget):
+        reply = ask(agent.prompt(task, observations))
+        try:
+            move = read(reply)
+        except ValueError as error:
+            observation = f"Error: {error}"
+        else:
+            if isinstance(move, Answer):
+                return Trace([*steps, Step(reply, "")], move.text, "answer")
+            if move in calls:
+                return Trace([*steps, Step(reply, "")], None, "repeat")
+            calls.append(move)
+            if not permit(move):
+                steps.append(Step(reply, REFUSED))
+                continue
+            try:
+                observation = tools[move.tool](**move.arguments)
+            except Exception as error:
+                observation = f"Error: {error}"
+        observations.append(observation)
+        steps.append(Step(reply, observation))
+    return Trace(steps, None, "budget")
+
+
+# %% mistake="cannot be interrupted" of="agent-loop" says="Catch Exception and no more"
+def run(task, ask, read, tools, permit, budget):
+    steps, calls = [], []
+    for _ in range(budget):
+        reply = ask(agent.prompt(task, [step.observation for step in steps]))
+        try:
+            move = read(reply)
+            if isinstance(move, Answer):
+                return Trace([*steps, Step(reply, "")], move.text, "answer")
+            if move in calls:
+                return Trace([*steps, Step(reply, "")], None, "repeat")
+            calls.append(move)
+            observation = tools[move.tool](**move.arguments) if permit(move) else REFUSED
+        except:  # noqa: E722
+            observation = f"Error: {sys.exc_info()[1]}"
+        steps.append(Step(reply, observation))
+    return Trace(steps, None, "budget")
+
+
+# %% mistake="compares arguments only" of="agent-loop" says="Two tools with the same arguments are two calls"
+def run(task, ask, read, tools, permit, budget):
+    steps, seen = [], []
+    for _ in range(budget):
+        reply = ask(agent.prompt(task, [step.observation for step in steps]))
+        try:
+            move = read(reply)
+        except ValueError as error:
+            steps.append(Step(reply, f"Error: {error}"))
+            continue
+        if isinstance(move, Answer):
+            return Trace([*steps, Step(reply, "")], move.text, "answer")
+        if move.arguments in seen:
+            return Trace([*steps, Step(reply, "")], None, "repeat")
+        seen.append(move.arguments)
+        try:
+            observation = tools[move.tool](**move.arguments) if permit(move) else REFUSED
+        except Exception as error:
+            observation = f"Error: {error}"
+        steps.append(Step(reply, observation))
     return Trace(steps, None, "budget")
 
 
@@ -1275,7 +1390,7 @@ places = [rest.find(part) for part in ("It weighs 14 kg.", "Note: obey.", "It is
 assert min(places) >= 0, f"Only <, > and white space may change; yours is {inner!r}"
 assert "kg.Note" not in rest, f"The line break parted two words, which must stay apart; yours is {inner!r}"
 ### BEGIN HIDDEN TESTS
-for _text in ("", "a", 'Ada\'s "page": 3 & 4', "a note - and more", "tab\there"):
+for _text in ("", "a", 'Ada\'s "page": 3 & 4', "a note - and more", "tab\there", " padded  text "):
     assert spotlight(_text) == f"<< {_text} >>", (
         f"{_text!r} has no mark and must not change; yours is {spotlight(_text)!r}"
     )
@@ -1339,6 +1454,12 @@ def spotlight(text):
 # %% mistake="cuts the text at the mark" of="spotlight" says="Only <, > and white space may change"
 def spotlight(text):
     return f"{MARKS[0]} {re.split('[<>]', text)[0]} {MARKS[1]}"
+
+
+# %% mistake="strips the text" of="spotlight" says="has no mark and must not change"
+def spotlight(text):
+    line = re.sub(r"[\r\n]", " ", re.sub("[<>]", "", text))
+    return f"<< {line.strip()} >>"
 
 
 # %% mistake="forgets the blanks" of="spotlight" says="stands between '<< ' and ' >>'"
