@@ -74,7 +74,7 @@ card = ResultCard("3_4_grounded_answers")
 #
 # The help desk of a company gets questions; its handbook is cut into some seventy short passages, each about one thing (a product, a person, a rule). Facts and names are new in each company, so what the model knows from its training is worth nothing here, and a right answer was read. About one question in three asks for what no passage states.
 #
-# There are three sets of companies: the reader is trained on the first, thresholds are chosen on the second (development), and the third (test) is used for nothing but the numbers that you see. The retriever is MiniLM: cosines of embeddings, as in lesson 3.2.
+# There are three sets of companies: the reader is trained on the first, thresholds are chosen on the second (development), and the third (test) is used for nothing but the numbers that you see. (One exception: after a first test run the number of questions and of training pairs was cut, to save time.) The retriever is MiniLM: cosines of embeddings, as in lesson 3.2.
 
 
 # %%
