@@ -13,25 +13,19 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import TypeVar
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
-from torch.nn.functional import cross_entropy
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from labkit import base_model
-from labkit.adapters import use_linear_layers
-from labkit.base_model.finetune import Pair, encode, replies
-from labkit.base_model.probe import IGNORED, padded
+from labkit.adapters import adapt, save_half, teach, use_linear_layers
+from labkit.base_model.finetune import Pair, replies
 from labkit.world import VALIDATION_SEEDS, Fact, World, names
 from labkit.world.draw import Draw
 from labkit.world.schema import by_name
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parent / "agent_adapter"
 MARKS = ("<<", ">>")
@@ -244,46 +238,6 @@ def demonstrations(seeds: Iterable[int], tasks_each: int, kinds: Sequence[str] =
     return pairs
 
 
-def adapt(model: PreTrainedModel, rank: int = 40) -> PeftModel:
-    """The model with a fresh LoRA adapter on all linear layers."""
-    torch.manual_seed(0)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
-
-
-def teach(
-    policy: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], *, rate: float, batch: int = 16
-) -> list[float]:
-    """Train an adapter once through the pairs, in batches of similar length; the loss of each step, in nats a token.
-
-    Padding stands on the right, where causal attention does not see it; logits are computed where a label counts.
-    """
-    rows = [encode(tokenizer, pair) for pair in pairs]
-    draw = Draw("teach", len(rows))
-    order, size = draw.order(range(len(rows))), min(batch, len(rows))
-    pools = [sorted(order[i : i + 8 * size], key=lambda row: len(rows[row][0])) for i in range(0, len(order), 8 * size)]
-    parts = draw.order([pool[i : i + size] for pool in pools for i in range(0, len(pool), size)])
-    weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, rate, weight_decay=0.0)
-    model = policy.get_base_model()
-    losses = []
-    for step, part in enumerate(parts):
-        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 50) * (1 - step / len(parts))
-        inputs = padded([rows[i][0] for i in part], tokenizer.pad_token_id).to(model.device)
-        labels = padded([rows[i][1] for i in part], IGNORED).to(model.device)[:, 1:]
-        hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state[:, :-1]
-        counted = labels != IGNORED
-        loss = cross_entropy(model.get_output_embeddings()(hidden[counted]).float(), labels[counted])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if step % 100 == 99:
-            log.info("step %d of %d, loss %.3f", step + 1, len(parts), fmean(losses[-100:]))
-    return losses
-
-
 def load(
     model_id: str = "shipped", *, device: str = "cpu", pairs: Sequence[Pair] = (), rate: float = 1e-4
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -360,12 +314,7 @@ def main() -> None:
     pairs = demonstrations(VALIDATION_SEEDS[1000:1256], 32, mix)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     teach(policy, tokenizer, pairs, rate=3e-3)
-    SHIPPED.mkdir(exist_ok=True)
-    config = policy.peft_config["default"]
-    config.base_model_name_or_path = "shipped"  # not where it lies on this machine
-    config.save_pretrained(str(SHIPPED))
-    weights = {name: weight.half().contiguous() for name, weight in get_peft_model_state_dict(policy).items()}
-    save_file(weights, SHIPPED / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_half(policy, SHIPPED)
 
 
 if __name__ == "__main__":

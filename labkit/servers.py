@@ -1,7 +1,7 @@
 """Servers for as long as a `with` block: a program in a process of its own, or an ASGI application of this notebook.
 
-All of them listen on the loopback. None outlives its block: a program runs under `labkit.supervisor`, which ends it, and
-whatever it has started, even when this interpreter is killed.
+All of them listen on the loopback. None outlives its block: a program runs under `labkit.supervisor`, which ends it,
+and whatever it has started, even when this interpreter is killed.
 """
 
 import contextlib

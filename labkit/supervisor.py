@@ -1,9 +1,9 @@
 """The process between a lesson and a server program: it ends the server when it is told to, or when the lesson dies.
 
-`labkit.servers.process` starts it as `python supervisor.py GRACE LOG PROGRAM ARGUMENT …`. It reports on its stdout, a line
-each: `pid N` when the program has started, `error TEXT` when it cannot start, `exit N` when all of it is gone. It stops
-the program at the end of its stdin, and when its own parent is no more, whatever ended that one. Linux, and elsewhere
-without the adoption of orphans.
+`labkit.servers.process` starts it as `python supervisor.py GRACE LOG PROGRAM ARGUMENT …`. It reports on its stdout, a
+line each: `pid N` when the program has started, `error TEXT` when it cannot start, `exit N` when all of it is gone. It
+stops the program when there is something to read on its stdin, or the end of it, and when its own parent is no more,
+whatever ended that one. On Linux what the program leaves behind is adopted, and ended as well.
 """
 
 import ctypes
