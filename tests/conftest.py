@@ -1,14 +1,38 @@
-"""What every test shares: the course itself, and a private copy of it for tests that act as a learner."""
+"""What every test shares: the course itself, a private copy of it for tests that act as a learner, and a clean end."""
 
+import os
 import shutil
 import subprocess
+import time
+import uuid
 from pathlib import Path
 
 import pytest
 
 from autograde.course import Course
+from tests.left_behind import MARK, marked
 
 ROOT = Path(__file__).resolve().parent.parent
+SECONDS_TO_END = 30
+"""How long what was told to end may take."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Mark what the tests start; the workers of a run inherit the mark of its controller."""
+    if not hasattr(config, "workerinput"):
+        os.environ[MARK] = uuid.uuid4().hex
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Fail the whole run when a process that a test has started is still there."""
+    if hasattr(config, "workerinput"):
+        return
+    deadline = time.monotonic() + SECONDS_TO_END
+    while (left := marked(os.environ[MARK])) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if left:
+        commands = "\n".join(f"{process.pid}: {' '.join(process.cmdline())}" for process in left)
+        raise pytest.UsageError(f"these processes outlive the tests:\n{commands}")
 
 
 @pytest.fixture(scope="session")
