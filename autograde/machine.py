@@ -68,6 +68,8 @@ def gather(course: Course) -> Facts:
         sandbox_note=sandbox.find().note,
         programs={
             "g++": shutil.which("g++"),
+            "promtool": shutil.which("promtool"),
+            "amtool": shutil.which("amtool"),
             "chromium": shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome"),
         },
         free_gib=shutil.disk_usage(course.root).free / 2**30,
