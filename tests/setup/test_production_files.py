@@ -116,6 +116,47 @@ def test_the_schema_refuses(field: str, value: object) -> None:
         kubernetes_validate.validate(broken, KUBERNETES, strict=True)
 
 
+WORDS = {
+    "accessModes": {"ReadOnlyMany"},
+    "action": {"Ignore"},
+    "effect": {"NoSchedule"},
+    "medium": {"Memory"},
+    "operator": {"Exists"},
+    "policyTypes": {"Ingress"},
+    "protocol": {"TCP"},
+    "restartPolicy": {"Never"},
+    "type": {"AverageValue", "External", "Pods", "Resource", "RuntimeDefault", "Utilization", "DisruptionTarget"},
+    "whenUnsatisfiable": {"ScheduleAnyway"},
+}
+"""The schema takes any text where the API server takes some words; these are the ones that the manifests use."""
+
+
+def words(node: object) -> Iterator[tuple[str, str]]:
+    if isinstance(node, list):
+        for each in node:
+            yield from words(each)
+    elif isinstance(node, dict):
+        for field, value in node.items():
+            texts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
+            yield from ((field, text) for text in texts)
+            yield from words(value)
+
+
+@pytest.mark.parametrize("manifest", ALL, ids=name)
+def test_words_are_those_that_the_api_knows(manifest: Manifest) -> None:
+    used = [(field, word) for field, word in words(manifest) if field in WORDS]
+    assert [(field, word) for field, word in used if word not in WORDS[field]] == []
+
+
+def test_every_word_is_used() -> None:
+    used = {(field, word) for manifest in ALL for field, word in words(manifest)}
+    assert {field for field, known in WORDS.items() if any((field, word) in used for word in known)} == WORDS.keys()
+
+
+def test_a_finished_job_stays_finished() -> None:
+    assert PODS["Job/train-assistant"]["spec"]["restartPolicy"] == "Never", "podFailurePolicy works with no other"
+
+
 @pytest.mark.parametrize("manifest", ALL, ids=name)
 def test_selectors_find_their_pods(manifest: Manifest) -> None:
     spec = manifest["spec"]
@@ -543,7 +584,7 @@ def test_the_page_knows_every_file() -> None:
     links = set(re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGE))
     assert files <= links
     assert all((ROOT / "docs" / link).exists() for link in links)
-    assert "docs/production.md" in (ROOT / "README.md").read_text()
+    assert "](docs/production.md)" in (ROOT / "README.md").read_text()
 
 
 def test_the_page_names_the_versions_of_the_manifests() -> None:
