@@ -23,7 +23,8 @@ class Finding:
 def examine(facts: Facts) -> list[Finding]:
     """Every check, in the order in which to mend them."""
     return [check(facts) for check in (python, packages, torch, kernel, kernel_runs, lab_extension, server_extensions,
-                                       notebooks, disk, bubblewrap, compiler, browser)]  # fmt: skip
+                                       notebooks, disk, bubblewrap, compiler, browser, prometheus,
+                                       alertmanager)]  # fmt: skip
 
 
 def python(facts: Facts) -> Finding:
@@ -138,6 +139,17 @@ def compiler(facts: Facts) -> Finding:
 def browser(facts: Facts) -> Finding:
     """Chromium, which only the tests use."""
     return _program(facts, "chromium", "browser for the tests", "sudo apt-get install chromium")
+
+
+def prometheus(facts: Facts) -> Finding:
+    """Prometheus with promtool, for lesson 4.5 and the tests of docs/production."""
+    return _program(facts, "promtool", "Prometheus for 4.5 and the tests", "sudo apt-get install prometheus")
+
+
+def alertmanager(facts: Facts) -> Finding:
+    """Alertmanager's amtool, which only the tests use."""
+    mend = "sudo apt-get install prometheus-alertmanager"
+    return _program(facts, "amtool", "Alertmanager for the tests", mend)
 
 
 def _program(facts: Facts, program: str, name: str, mend: str) -> Finding:

@@ -59,7 +59,7 @@ def gather(course: Course) -> Facts:
         python=sys.version_info[:3],
         executable=sys.executable,
         pinned=parse_pins(_read_if_there(pins)),
-        installed={canonicalize_name(dist.name): dist.version for dist in importlib.metadata.distributions()},
+        installed=_installed(),
         direct=_direct(),
         kernel_python=_kernel_python(),
         kernel_error=_kernel_error(),
@@ -68,12 +68,22 @@ def gather(course: Course) -> Facts:
         sandbox_note=sandbox.find().note,
         programs={
             "g++": shutil.which("g++"),
+            "promtool": shutil.which("promtool"),
+            "amtool": shutil.which("amtool"),
             "chromium": shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome"),
         },
         free_gib=shutil.disk_usage(course.root).free / 2**30,
         lessons=tuple(number(source) for source in course.sources()),
         notebook_problems=_notebook_problems(course),
     )
+
+
+def _installed() -> dict[str, str]:
+    """The version of each package that an import would find: of two copies (setuptools brings some) the first."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        found.setdefault(canonicalize_name(distribution.name), distribution.version)
+    return found
 
 
 def parse_pins(text: str) -> dict[str, str]:

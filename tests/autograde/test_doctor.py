@@ -19,7 +19,7 @@ SOUND = Facts(
     lab_extension=True,
     server_extensions={"validate": True},
     sandbox_note="",
-    programs={"g++": "/usr/bin/g++", "chromium": "/usr/bin/chromium"},
+    programs={name: f"/usr/bin/{name}" for name in ("g++", "chromium", "promtool", "amtool")},
     free_gib=40.0,
     lessons=("1.1", "2.1"),
 )
@@ -76,6 +76,8 @@ def test_a_sound_machine_needs_nothing() -> None:
         ({"sandbox_note": "no sandbox: it cannot work"}, "sandbox", "optional", "cannot work", "userns=0"),
         ({"programs": {"chromium": "/c"}}, "C++ compiler", "optional", "g++", "apt-get install g++"),
         ({"programs": {"g++": "/g"}}, "browser for the tests", "optional", "chromium", "apt-get install chromium"),
+        ({"programs": {}}, "Prometheus for 4.5 and the tests", "optional", "promtool", "apt-get install prometheus"),
+        ({"programs": {}}, "Alertmanager for the tests", "optional", "amtool", "install prometheus-alertmanager"),
     ],
 )
 def test_what_is_missing_is_told(change: dict[str, object], name: str, state: str, found: str, mend: str) -> None:
