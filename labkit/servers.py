@@ -58,9 +58,8 @@ class Process:
         if self.returncode is None:
             assert self._supervisor.stdin is not None
             # A word, since the end of the pipe is not seen while a fork of this process holds it open.
-            with contextlib.suppress(BrokenPipeError):
-                self._supervisor.stdin.write("stop\n")
-                self._supervisor.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has ended by itself
+                os.write(self._supervisor.stdin.fileno(), b"stop\n")
             return self.wait()
         return self.returncode
 

@@ -146,6 +146,14 @@ def test_a_program_that_ends_by_itself_can_be_waited_for() -> None:
     assert "EOFError" in running.log()
 
 
+def test_a_program_that_was_killed_from_outside_is_no_error_of_the_block() -> None:
+    with servers.process(["python", "-c", "import time; time.sleep(600)"], ready=lambda: True) as running:
+        os.kill(running.pid, signal.SIGKILL)
+        until(lambda: is_gone(running.pid))
+        until(lambda: running._supervisor.poll() is not None)
+    assert running.returncode == -signal.SIGKILL
+
+
 def test_an_application_is_served_and_stops_with_the_block() -> None:
     app = FastAPI()
 
