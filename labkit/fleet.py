@@ -118,7 +118,7 @@ def called_back(truth: Triage) -> Triage:
 
 
 def tickets(seeds: Sequence[int], each: int = 12, *, contractor: bool = True) -> list[Ticket]:
-    """Tickets under the new rule, with ids that are unique; the contractor's with the contractor's labels, or put right."""
+    """Tickets under the new rule, with unique ids; the contractor's with the contractor's labels, or put right."""
     found = []
     for seed in seeds:
         for ticket in World(seed).tickets(each):
@@ -197,12 +197,22 @@ def train(
     found = [Ticket(row["id"], row["text"], Triage(**row["triage"])) for row in rows]
     steps, size = int(settings["steps"]), int(settings["batch"])
     parts = triage.batches(triage.encode(tokenizer, found), size=size, steps=steps, seed=int(settings["seed"]))
-    losses = triage.train(policy, parts, steps=steps, learning_rate=float(settings["learning_rate"]))
-    for step, loss in enumerate(losses):
-        log(step, loss)
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, float(settings["learning_rate"]), weight_decay=0.0)
+    for step, part in enumerate(parts):
+        optimizer.param_groups[0]["lr"] = float(settings["learning_rate"]) * (1 - step / steps)
+        loss = triage.loss(policy, part)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        log(step, loss.item())
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(PARENT / "adapter_config.json", out)
-    state = {key: weight.contiguous() for key, weight in get_peft_model_state_dict(policy).items()}
+    state = {
+        key: weight.contiguous()
+        for key, weight in get_peft_model_state_dict(policy, save_embedding_layers=False).items()
+    }
     save_file(state, out / "adapter_model.safetensors", metadata={"format": "pt"})
     return out
 

@@ -19,7 +19,7 @@
 # In interviews: "how do you know which data a model in production was trained on?", "a run cannot be reproduced; how do you find out why?", "how do you version prompts?"
 
 # %% tags=["parameters"]
-longest = 16  # steps of the long runs, the short ones take half of them; quick: 2
+longest = 12  # steps of the long runs, the short ones take half of them; quick: 2
 test_companies = 8  # with eight test tickets each; quick: 1
 served_each = 48  # answers that each released adapter gives; quick: 4
 seed = 7  # of the other order of the tickets, to which the contractor is compared
@@ -33,23 +33,24 @@ import re
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import time
-import threading
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import count
+from itertools import takewhile
 from pathlib import Path
 from unittest import mock
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # what the default does is measured below
-os.environ["TQDM_DISABLE"] = "1"  # thirty-five bars of a second each
+os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a faster kernel that is not installed
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
@@ -64,7 +65,7 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file
 from urllib3 import Retry
 
-from labkit import assistant, fleet, triage
+from labkit import fleet, triage
 from labkit.plots import COLOURS, direct_label, use_house_style
 from labkit.predict import compare
 from labkit.results import ResultCard
@@ -141,9 +142,10 @@ with tempfile.TemporaryDirectory(dir=root) as place:
     assert fingerprint(first) == got, "The same folder twice must give the same fingerprint"
     copy = laid_out(Path(place) / "elsewhere" / "second", two)
     os.utime(copy / "a.txt", (1, 1))
+    (copy / "a.txt").chmod(0o600)
     assert fingerprint(copy) == got, (
-        "A copy in another place and of another date has the same content and the same fingerprint: use paths relative "
-        "to the folder, and no dates"
+        "A copy in another place, of another date and other permissions has the same content and the same fingerprint: use "
+        "paths relative to the folder, and no dates"
     )
 
     class Backwards:
@@ -167,6 +169,7 @@ with tempfile.TemporaryDirectory(dir=root) as place:
         def close(self) -> None:
             pass
 
+    several = laid_out(Path(place) / "several", {"a": b"1", "b": b"2", "s/c": b"3", "s/d": b"4"})
     listing, scanning = os.listdir, os.scandir
     given = []
     for sign in (False, True):
@@ -176,7 +179,7 @@ with tempfile.TemporaryDirectory(dir=root) as place:
                 "os.scandir", lambda *a, s=sign: Backwards(sorted(scanning(*a), key=lambda e: e.name, reverse=s))
             ),
         ):
-            given.append(fingerprint(first))
+            given.append(fingerprint(several))
     assert given[0] == given[1], "Another file system lists files in another order: sort by path before you hash"
     changed = laid_out(Path(place) / "c1", {**two, "sub/b.txt": b"twO"})
     assert fingerprint(changed) != got, "A byte of a file in a subfolder has changed: go down into subfolders"
@@ -196,6 +199,16 @@ with tempfile.TemporaryDirectory(dir=root) as place:
     _bare = Path(place) / "c7"
     _bare.mkdir()
     assert len(fingerprint(_bare)) == 64, "An empty folder has a fingerprint as well"
+    for _left, _right, _what in (
+        ({"a": b"x" * 300_000 + b"1"}, {"a": b"x" * 300_000 + b"2"}, "the last byte of a large file"),
+        ({"Readme": b"x"}, {"README": b"x"}, "capitals in a path"),
+        ({"a": b"x \n"}, {"a": b"x"}, "blanks at the end of a file"),
+    ):
+        _names = [
+            fingerprint(laid_out(Path(place) / f"{side}{len(_what)}", files))
+            for side, files in (("l", _left), ("r", _right))
+        ]
+        assert _names[0] != _names[1], f"The same fingerprint for two folders that differ in {_what}"
     _deep = laid_out(Path(place) / "c8", {"x/y/z/deep": b"1"})
     assert fingerprint(_deep) != fingerprint(laid_out(Path(place) / "c9", {"x/y/z/deep": b"2"})), "Go down to any depth"
     ### END HIDDEN TESTS
@@ -257,7 +270,7 @@ def fingerprint(folder):
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-# %% mistake="absolute paths" of="fingerprint" says="use paths relative to the folder"
+# %% mistake="absolute paths" of="fingerprint" says="paths relative to the folder"
 def fingerprint(folder):
     pairs = sorted((str(p), p.read_bytes().hex()) for p in folder.rglob("*") if p.is_file())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
@@ -321,8 +334,7 @@ def fingerprint(folder):
 # MLflow has a fingerprint of its own: a data set that is logged as an input gets a *digest*. Put both to the test, with a training file of 12,000 tickets and six things that happen to training files. Four of them change the content.
 
 # %%
-rows = [row for seed_ in LESSON_SEEDS[400:412] for row in [t for t in fleet.tickets([seed_])]]
-flat = [{"id": t.id, "text": t.text, **json.loads(t.triage.to_json())} for t in rows]
+flat = [{"id": t.id, "text": t.text, **json.loads(t.triage.to_json())} for t in fleet.tickets(LESSON_SEEDS[400:412])]
 many = [{**flat[i % len(flat)], "id": f"t{i}"} for i in range(12_000)]
 
 
@@ -391,9 +403,6 @@ print((desk / "c3" / "prepare.py").read_text())
 # One warning before you fingerprint adapters. `peft` keeps the names of the adapted layers as a Python *set*, and writes it to `adapter_config.json` in the order of the set; together with the absolute path of the base model. The order depends on the hash of strings, which Python draws anew for each process:
 
 # %%
-import subprocess
-import sys
-
 program = "print(*{'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'})"
 orders = {
     subprocess.run(
@@ -557,10 +566,8 @@ with fresh_store() as (_own, _experiment):
     def _at_once(log: Callable[[int, float], object]) -> Path:
         raise SystemExit(2)
 
-    try:
+    with suppress(SystemExit):
         record(_own, _experiment, {"a": 1}, {}, _at_once, plain_name)
-    except SystemExit:
-        pass
     _run = _own.search_runs([_experiment])[0]
     assert (_run.info.status, _run.data.tags.get("error")) == ("FAILED", "SystemExit"), "Whatever train raises"
 ### END HIDDEN TESTS
@@ -767,10 +774,9 @@ shown = page[list(columns)].rename(columns=columns)
 for key in ("data", "code", "adapter"):
     shown[key] = shown[key].str[:8]
 display(shown.style.hide(axis="index").format({"loss": "{:.3f}", "exact match": "{:.0%}"}, na_rep="-"))
-loss_of = {step: value for step, value in ((m.step, m.value) for m in tracking.get_metric_history(runs[-1].info.run_id, "loss"))}  # fmt: skip
 
 # %% [markdown]
-# This is `mlflow.search_runs`, the same table that MLflow's web page shows. Two habits for reading it. Parameters are *text*: a filter on them knows `=` and `LIKE`, not `<`, and sorting by `steps` puts 16 before 8. And the one value of a metric that stands in the table is the one of the largest step, whenever it was written; it is neither the best nor the last that you logged.
+# This is `mlflow.search_runs`, the same table that MLflow's web page shows. Two habits for reading it. Parameters are *text*: a filter on them knows `=` and `LIKE`, not `<`, and sorting by `steps` puts 12 before 6. And the one value of a metric that stands in the table is the one of the largest step, whenever it was written; it is neither the best nor the last that you logged.
 #
 # "Which data and code made this adapter?" An adapter is found on a machine somewhere, under a name that says nothing. Its bytes are its name:
 
@@ -954,7 +960,7 @@ for _ in range(40):
             a=str(_rng.choice(["2", "2.0", "3"])),
             b=str(_rng.choice(["x", "y"])),
             code=str(_rng.choice(["C", "D2"])),
-        )  # fmt: skip
+        )
         for i in range(8)
     ]
     _key = lambda r: (float(r.data.params["a"]), r.data.params["b"], r.data.tags["code"])
@@ -1329,7 +1335,7 @@ axes_of = {
 fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.4), width_ratios=[3, 2])
 jitter = np.linspace(-0.03, 0.03, len(runs))
 heights = []
-for place, (name, values) in enumerate(axes_of.items()):
+for place, values in enumerate(axes_of.values()):
     levels = sorted(set(values), key=lambda v: (v in ("lost", "?"), len(v), v))
     at = {v: (i + 0.5) / len(levels) for i, v in enumerate(levels)}
     heights.append([at[v] for v in values])
@@ -1350,27 +1356,35 @@ left.set(yticks=[], title="Twenty runs: reproducible (solid) and not (dashed)", 
 left.grid(visible=False)
 left.spines["left"].set_visible(False)
 
-floor = 1e-9
-for own, r in reruns.items():
-    colour = COLOURS.after if r.same else COLOURS.wrong
-    right.plot(max(r.apart, floor), r.agreement.mean(), "o", ms=8, color=colour, alpha=0.8)
-right.plot(distance(elsewhere, root / "out" / str([r.info.run_id for r in runs].index(suspect))), by_seed.mean(), "D", ms=8, color=COLOURS.before)  # fmt: skip
-right.set(xscale="log", xlabel="largest difference between two weights", ylabel="test tickets with the same answer", title="What 'not reproducible' amounts to", ylim=(0, 1.1))  # fmt: skip
+floor = 1e-9  # where "no difference" is drawn
+by_code = lambda r: "c3" if r.run.data.tags["code"] == stored["c3"] else "attention"
+seed_apart = distance(elsewhere, root / "out" / str([run.info.run_id for run in runs].index(suspect)))
+spots = [(max(r.apart, floor), r.agreement, COLOURS.after if r.same else COLOURS.wrong, "o") for r in reruns.values()]
+for x, agreed, colour, marker in [*spots, (seed_apart, by_seed, COLOURS.before, "D")]:
+    low, high = triage.interval(agreed)
+    right.plot([x, x], [low, high], color=colour, lw=1.4)
+    right.plot(x, agreed.mean(), marker, ms=8, color=colour)
+right.set(xscale="log", xlim=(3e-10, 1), ylim=(0, 1.1), xlabel="largest difference between two weights")
+right.set(ylabel="test tickets with the same answer", title="What 'not reproducible' amounts to")
+right.set_xticks([floor, 1e-7, 1e-5, 1e-3, 1e-1], ["none", *(f"$10^{{{power}}}$" for power in (-7, -5, -3, -1))])
+right.minorticks_off()
 right.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
 direct_label(
-    right, floor, 1, f"{sum(r.same for r in reruns.values())} reruns, same bytes", COLOURS.after, offset=(6, -18)
+    right, floor, 0.83, f"{sum(r.same for r in reruns.values())} reruns: same bytes", COLOURS.after, offset=(4, 0)
 )
-direct_label(right, max(r.apart for own, r in failed.items() if tracking.get_run(own).data.tags["code"] != stored["c3"]), 1, "attention", COLOURS.wrong, offset=(-20, -18))  # fmt: skip
-shuffled = [r for own, r in failed.items() if tracking.get_run(own).data.tags["code"] == stored["c3"]]
-if shuffled:
-    direct_label(right, shuffled[0].apart, shuffled[0].agreement.mean(), "code c3", COLOURS.wrong, offset=(-60, -4))
-direct_label(right, distance(elsewhere, root / "out" / str([r.info.run_id for r in runs].index(suspect))), by_seed.mean(), "another seed", COLOURS.before, offset=(-88, -4))  # fmt: skip
+for kind, offset in (("attention", (-24, -34)), ("c3", (-54, 14))):
+    own_spots = [r for r in failed.values() if by_code(r) == kind]
+    if own_spots:
+        last = max(own_spots, key=lambda r: r.apart)
+        name = "code c3" if kind == "c3" else kind
+        direct_label(right, last.apart, last.agreement.mean(), name, COLOURS.wrong, offset=offset)
+direct_label(right, seed_apart, by_seed.mean(), "another seed", COLOURS.before, offset=(-92, -4))
 plt.show()
 
 # %% [markdown]
 # Left is the page on which people choose their best run: it shows every recorded setting and the score, and nothing on it says which dashed lines to distrust. Right is what a failed rerun means, in two very different sizes.
 #
-# **Code c3** shuffles by Python's global `random`, which nobody seeds: the recorded seed decides another generator. The code is in the store, its fingerprint is right, and it does something else each time. Records name inputs; they do not make a program a function of them. Its reruns differ from the runs as much as two seeds do.
+# **Code c3** shuffles by Python's global `random`, which nobody seeds: the recorded seed decides another generator. The code is in the store, its fingerprint is right, and it does something else each time. Records name inputs; they do not make a program a function of them. Its reruns give other answers, not only other bits.
 #
 # **Attention.** The run of the other failure used `attn_implementation="eager"`, another order of the same sums. It was a default of somebody's configuration file, so nobody thought of it as an input; trying the switches that could matter found it in two reruns, since a fingerprint says yes or no. Its answers are the same for {{agree_eager}} ({{agree_eager:interval}}) of the test tickets. Decide which reproducibility you promise. Equal bytes prove most and are cheap to compare, and hold on one machine with one set of library versions; on another processor the same code may round otherwise. Equal answers, or a score within its interval, is what you can promise across machines.
 #
@@ -1453,6 +1467,7 @@ for template, values, wanted, why in (
     (f"{var('a')}|{var('b')}", {"b": var("a"), "a": "A"}, "A|" + var("a"), "a value that looks like a variable is data: replace in one pass"),
     (var("a"), {"a": r"\1 \n \g<0>"}, r"\1 \n \g<0>", "backslashes of a value are data: give re.sub a function"),
     ('{"k": 1} ' + var("a") + " {a} {", {"a": "x"}, '{"k": 1} x {a} {', "single braces belong to the text: str.format is another language"),
+    ("{# no #} {% raw %} " + var("a") + "\n", {"a": "x"}, "{# no #} {% raw %} x\n", "all else stays as it is: this is not Jinja"),
     (var("a"), {"a": "x", "unused": "y"}, "x", "a value that is not used is ignored"),
 ):  # fmt: skip
     try:
@@ -1465,11 +1480,12 @@ for template, values, wanted, why in (
 try:
     got = render(var("ticket") + var("name"), {"ticket": "x"})
 except KeyError as error:
-    assert "name" in str(error), f"The KeyError has the name of the variable; yours says {error}"
+    said = str(error)
 else:
     raise AssertionError(f"A variable without a value must raise KeyError, not reach the model; yours gives {got!r}")
+assert "name" in said, f"The KeyError has the name of the variable; yours says {said}"
 ### BEGIN HIDDEN TESTS
-for _value in ("", "$&", "{{", "}}", "{{ a }}", "a{{b}}c", "%s", "\\", "\n"):
+for _value in ("", "$&", "<b>&", "{{", "}}", "{{ a }}", "a{{b}}c", "%s", "\\", "\n"):
     _got = render(f"<{var('a')}-{var('b')}>", {"a": _value, "b": _value})
     assert _got == f"<{_value}-{_value}>", f"The value {_value!r} is data; yours is {_got!r}"
 assert render(var("x_1") + var("\tx_1 "), {"x_1": "v"}) == "vv", "Names have letters, digits and _"
@@ -1642,7 +1658,7 @@ def serve(client, prompt, alias, requests, generate):
 
 
 # %% [markdown]
-# Three versions of the triage prompt. The first is what the adapter was trained with, the ticket alone. The second is polite. The third tells the model which products there are, which must help, as whoever wrote it is sure. You would gate such a change on a measurement: the same adapter, the same test tickets.
+# Three versions of the triage prompt. The first is what the adapter was trained with, the ticket alone. The second is polite. The third tells the model which products there are, which must help, as whoever wrote it is sure. You would gate such a change on a measurement: the same adapter, the same tickets, three times as many as above.
 
 # %%
 templates = ["{{ticket}}", "Please triage this ticket.\n{{ticket}}", "{{ticket}}\nOur products: {{products}}"]
@@ -1658,17 +1674,18 @@ def generator(folder: Path) -> Callable[[list[str]], list[str]]:
     return lambda texts: fleet.answers(folder, asked(texts))
 
 
-requests = [{"ticket": t.text, "products": products} for t in test]
+more = fleet.tickets([LESSON_SEEDS[470 + i] for i in range(3 * test_companies)], 8)
+requests = [{"ticket": t.text, "products": products} for t in more]
 newest = runs[19].info.run_id
 measured = {}
 for version in (1, 2, 3):
     tracking.set_prompt_alias("triage-prompt", "candidate", version)
     entries = serve(tracking, "triage-prompt", "candidate", requests, generator(adapter_of(newest)))
     assert {entry["version"] for entry in entries} == {version}
-    measured[version] = exact([entry["reply"] for entry in entries])
+    measured[version] = triage.score([entry["reply"] for entry in entries], more).exact
 
 rng = np.random.default_rng(0)
-draws = rng.integers(0, len(test), (2_000, len(test)))
+draws = rng.integers(0, len(more), (2_000, len(more)))
 for version, right in measured.items():
     low, high = triage.interval(right)
     gain = right.astype(float) - measured[1]
@@ -1689,27 +1706,18 @@ for version, right in measured.items():
 tracking.create_registered_model("triage-adapter")
 released = [runs[number].info.run_id for number in (2, 6, 14, 19)]
 log: list[dict] = []
-asked: list[Ticket] = []
 for week, run_id in enumerate(released):
     version = tracking.create_model_version("triage-adapter", str(adapter_of(run_id)), run_id=run_id).version
     tracking.set_registered_model_alias("triage-adapter", "live", version)
     tracking.set_prompt_alias("triage-prompt", "live", 1 if week < 2 else 2)
     live = tracking.get_model_version_by_alias("triage-adapter", "live")
-    arrived = fleet.tickets([LESSON_SEEDS[450 + week]], served_each)
     folder = adapter_of(live.run_id)
-    for entry in serve(tracking, "triage-prompt", "live", [{"ticket": t.text} for t in arrived], generator(folder)):
-        log.append(
-            {
-                "id": f"a{len(log):03d}",
-                "ticket": asked.append(arrived[len(log) % served_each]) or asked[-1].text,
-                "prompt": entry["prompt"],
-                "prompt_version": entry["version"],
-                "model": "triage-adapter",
-                "model_version": int(live.version),
-                "adapter": fingerprint(folder),
-                "reply": entry["reply"],
-            }  # fmt: skip
-        )
+    arrived = [t.text for t in fleet.tickets([LESSON_SEEDS[450 + week]], served_each)]
+    served = serve(tracking, "triage-prompt", "live", [{"ticket": text} for text in arrived], generator(folder))
+    for text, entry in zip(arrived, served, strict=True):
+        line = {"id": f"a{len(log):03d}", "ticket": text, "prompt": entry["prompt"], "prompt_version": entry["version"]}
+        line |= {"model": "triage-adapter", "model_version": int(live.version), "adapter": fingerprint(folder)}
+        log.append(line | {"reply": entry["reply"]})
 for entry in (log[0], log[-1]):
     print(json.dumps({**entry, "adapter": entry["adapter"][:12] + "…"}, indent=1, ensure_ascii=False))
 
@@ -1904,6 +1912,9 @@ with fresh_store() as (own, experiment), tempfile.TemporaryDirectory(dir=root) a
         broken_at(line, own, where, "The run is deleted (MLflow returns it, with lifecycle_stage 'deleted')") == "run"
     ), "The link is 'run', which comes before the data"
     ### BEGIN HIDDEN TESTS
+    assert broken_at({**line, "adapter": "A2"}, own, where, "The run is deleted, and the adapter another") == "run", (
+        "The first broken link counts: 'run' stands before 'adapter'"
+    )
     _second = {**line, "id": "a2", "prompt_version": 2, "model_version": 2, "adapter": "A2"}
     _got = trace(_second, own, where, quick_name)
     assert (_got.run_id, tuple(_got.tickets), _got.template) == (second_run, ("t2", "t20"), "template 2"), (
@@ -2014,10 +2025,8 @@ def affected(ids, log, lineage_of):
 # %% mistake="believes the registry about the bytes" of="lineage" says="The service had loaded A2"
 def trace(entry, client, store, name):
     prompt = None
-    try:
+    with suppress(MlflowException):
         prompt = client.get_prompt_version(entry["prompt"], entry["prompt_version"])
-    except MlflowException:
-        pass
     if prompt is None:
         raise BrokenLinkError("prompt", "none")
     try:
@@ -2040,10 +2049,8 @@ def affected(ids, log, lineage_of):
 # %% mistake="does not check the store" of="lineage" says="it no longer has its fingerprint"
 def trace(entry, client, store, name):
     prompt = None
-    try:
+    with suppress(MlflowException):
         prompt = client.get_prompt_version(entry["prompt"], entry["prompt_version"])
-    except MlflowException:
-        pass
     if prompt is None:
         raise BrokenLinkError("prompt", "none")
     try:
@@ -2068,10 +2075,8 @@ def affected(ids, log, lineage_of):
 # %% mistake="a deleted run will do" of="lineage" says="The run is deleted"
 def trace(entry, client, store, name):
     prompt = None
-    try:
+    with suppress(MlflowException):
         prompt = client.get_prompt_version(entry["prompt"], entry["prompt_version"])
-    except MlflowException:
-        pass
     if prompt is None:
         raise BrokenLinkError("prompt", "none")
     try:
@@ -2191,7 +2196,7 @@ boxes = [
         2,
         0.4,
         f"{tracking.get_run(lineage.run_id).info.run_name}, {tracking.get_run(lineage.run_id).data.tags['mlflow.user']}\nseed {lineage.params['seed']}, rate {lineage.params['learning_rate']}",
-    ),  # fmt: skip
+    ),
     ("data", 3, 1.4, f"{lineage.data[:8]}\n(people say {known[lineage.data]})"),
     ("code", 3, -0.6, f"{lineage.code[:8]}\n(people say {known[lineage.code]})"),
     ("tickets", 4, 1.4, f"{len(lineage.tickets)} of them\n{lineage.tickets[0]} …"),
@@ -2266,7 +2271,7 @@ bars = [
     ),
     ("change with another seed", int(shares["another seed"].sum()), shares["another seed"], COLOURS.other),
 ]
-for place, (what, height, found, colour) in enumerate(bars):
+for place, (_, height, found, colour) in enumerate(bars):
     ax.barh(-place, height, color=colour, height=0.62)
     if found is not None:
         low, high = (bound * len(found) for bound in triage.interval(found))
@@ -2329,8 +2334,7 @@ class Outbox:
         kept = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
         while kept:
             rows = [json.loads(line) for line in kept[:1000]]
-            part = [row for row in rows if row[0] == rows[0][0]]
-            part = rows[: next((i for i, row in enumerate(rows) if row[0] != rows[0][0]), len(part))]
+            part = list(takewhile(lambda row, first=rows[0][0]: row[0] == first, rows))
             try:
                 self.client.log_batch(rows[0][0], metrics=[Metric(*row[1:]) for row in part])
             except Exception:
@@ -2356,7 +2360,9 @@ class Unsteady:
         fault = self.faults.pop(0) if self.faults else ""
         self.sizes.append(len(metrics))
         if fault == "before":
-            raise MlflowException("no route to the server")
+            raise ConnectionError("no route to the server")
+        if fault == "stopped":
+            raise KeyboardInterrupt
         self.client.log_batch(run_id, metrics=metrics, **rest)
         if fault == "after":
             raise MlflowException("the reply was lost")
@@ -2380,7 +2386,7 @@ with fresh_store() as (own, experiment), tempfile.TemporaryDirectory(dir=root) a
     assert line.sizes == [], "log must not talk to the server: that is what flush is for"
     try:
         left = outbox.flush()
-    except MlflowException as error:
+    except (MlflowException, OSError) as error:
         raise AssertionError(
             "A dead server must not end a training: flush keeps what was not sent and does not raise"
         ) from error
@@ -2390,6 +2396,10 @@ with fresh_store() as (own, experiment), tempfile.TemporaryDirectory(dir=root) a
     assert arrived(own, run_id) == [(0, 2.0), (1, 1.5), (2, 1.25)], (
         "The first attempt failed before anything arrived, the second went through, and the store holds "
         f"{arrived(own, run_id)}: cross out only what the server has acknowledged"
+    )
+    times = [m.timestamp for m in own.get_metric_history(run_id, "loss")]
+    assert max(abs(t - 1000 * time.time()) for t in times) < 600_000, (
+        f"The time is that of now in milliseconds since 1970, int(time.time() * 1000); yours are {times}"
     )
     assert left == 0, f"Everything has arrived: flush returns 0; yours returned {left}"
     sent = sum(line.sizes)
@@ -2415,6 +2425,16 @@ with fresh_store() as (own, experiment), tempfile.TemporaryDirectory(dir=root) a
         _box.flush()
     assert _box.flush() == 0, "A steady line delivers all that is left"
     assert arrived(own, _run) == [(s, 1.0 / (s + 1)) for s in range(7)], f"Each once; there is {arrived(own, _run)}"
+    _box.log(_run, "last", 4.0, 0)
+    _line.faults = ["stopped"]
+    try:
+        _box.flush()
+        _stopped = False
+    except KeyboardInterrupt:
+        _stopped = True
+    assert _stopped, "Catch Exception and no more: whoever interrupts a flush (KeyboardInterrupt) wants it to stop"
+    assert _box.flush() == 0, "After an interrupt nothing is lost"
+    assert [m.value for m in own.get_metric_history(_run, "last")] == [4.0], "After an interrupt nothing is lost"
     _box.log(_run, "loss", float("nan"), 7)
     _box.log(_run, "other", 1, 0)
     assert _box.flush() == 0, "NaN is a value, and a whole number as well"
@@ -2644,6 +2664,50 @@ class Outbox:
         return 0
 
 
+# %% mistake="cannot be interrupted" of="outbox" says="Catch Exception and no more"
+class Outbox:
+    def __init__(self, file, client):
+        self.file, self.client = file, client
+
+    def log(self, run_id, key, value, step):
+        with self.file.open("a") as lines:
+            lines.write(json.dumps([run_id, key, value, int(time.time() * 1000), step]) + "\n")
+
+    def flush(self):
+        kept = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+        while kept:
+            run_id, *metric = kept[0]
+            try:
+                self.client.log_batch(run_id, metrics=[Metric(*metric)])
+            except:  # noqa: E722
+                break
+            kept = kept[1:]
+            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        return len(kept)
+
+
+# %% mistake="seconds" of="outbox" says="in milliseconds since 1970"
+class Outbox:
+    def __init__(self, file, client):
+        self.file, self.client = file, client
+
+    def log(self, run_id, key, value, step):
+        with self.file.open("a") as lines:
+            lines.write(json.dumps([run_id, key, value, int(time.time()), step]) + "\n")
+
+    def flush(self):
+        kept = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+        while kept:
+            run_id, *metric = kept[0]
+            try:
+                self.client.log_batch(run_id, metrics=[Metric(*metric)])
+            except Exception:
+                break
+            kept = kept[1:]
+            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        return len(kept)
+
+
 # %% alternative="a database as the file" of="outbox"
 class Outbox:
     def __init__(self, file, client):
@@ -2703,10 +2767,8 @@ def directly(run_id: str, step: int) -> None:
 
 
 def swallowed(run_id: str, step: int) -> None:
-    try:
+    with suppress(MlflowException):  # "the training must go on"
         directly(run_id, step)
-    except MlflowException:
-        pass  # "the training must go on"
 
 
 def by_outbox(run_id: str, step: int) -> None:
@@ -2761,7 +2823,13 @@ for place, (way, steps) in enumerate(there.items()):
     ax.plot(missing, [-place] * len(missing), "x", ms=5, color=COLOURS.wrong)
     ax.text(61, -place, f"{lost[way]} lost" + (", training ended" if way in ended else ""), va="center", color=COLOURS.wrong if lost[way] else COLOURS.after, fontweight="bold")  # fmt: skip
 ax.set_yticks([0, -1, -2], list(there))
-ax.set(xlabel="step", xlim=(-1, 78), ylim=(-2.6, 0.95), title="Which losses the server holds in the end")
+ax.set(
+    xlabel="step",
+    xticks=range(0, 61, 10),
+    xlim=(-1, 84),
+    ylim=(-2.6, 0.95),
+    title="Which losses the server holds in the end",
+)
 ax.grid(visible=False)
 plt.show()
 
