@@ -1423,7 +1423,7 @@ right.set_xticks([floor, 1e-7, 1e-5, 1e-3, 1e-1], ["none", *(f"$10^{{{power}}}$"
 right.minorticks_off()
 right.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
 direct_label(
-    right, floor, 0.83, f"{sum(r.same for r in reruns.values())} reruns: same bytes", COLOURS.after, offset=(4, 0)
+    right, floor, 1, f"{sum(r.same for r in reruns.values())} reruns: same bytes", COLOURS.after, offset=(-6, 8)
 )
 for kind, offset in (("attention", (-24, -34)), ("c3", (10, -2))):
     own_spots = [r for r in failed.values() if by_code(r) == kind]
@@ -1750,7 +1750,7 @@ for version, right in measured.items():
         card.record(f"gain_{version}", 100 * gain.mean(), low=100 * bounds[0], high=100 * bounds[1], format="+.0f", unit="points", tolerance=3, label=f"exact match of version {version} less that of version 1")  # fmt: skip
 
 # %% [markdown]
-# Politeness changes exact match by {{gain_2}} ({{gain_2:interval}}): nothing that {{prompt_tickets}} tickets can show. The list of products, which had to help, changes it by {{gain_3}} ({{gain_3:interval}}). The adapter never saw one in training. An adapter is trained for a prompt, so the two are released together, after a measurement. How much a large instruct model minds is a number that you get in the same way.
+# Politeness changes exact match by {{gain_2}} points ({{gain_2:interval}}): nothing that {{prompt_tickets}} tickets can show. The list of products, which had to help, changes it by {{gain_3}} points ({{gain_3:interval}}). The adapter never saw one in training. An adapter is trained for a prompt, so the two are released together, after a measurement. How much a large instruct model minds is a number that you get in the same way.
 #
 # ## The lineage of an answer
 #
@@ -2337,7 +2337,7 @@ ax.grid(visible=False, axis="y")
 plt.show()
 
 # %% [markdown]
-# Lineage names {{touched}} of {{answered}} answers. With the labels put right {{changed}} ({{changed:interval}}) of these change, and with another seed, labels as they were, {{reseeded}} ({{reseeded:interval}}). So lineage is a bound, and a safe one: nobody outside it needs to be told. It is a loose one, too. And the answers that change are not the ones that the labels spoilt: nothing else differed, yet most of these changes are of the kind that any change of a training makes, a seed included. For the customers look at what the answers say (urgency low, where the message is urgent), within the list that lineage gives.
+# Lineage names {{touched}} of {{answered}} answers. With the labels put right {{changed}} ({{changed:interval}}) of these change, and with another seed, labels as they were, {{reseeded}} ({{reseeded:interval}}). So lineage is a bound, and a safe one: nobody outside it needs to be told. It is a loose one, too. And that an answer changes does not show that the labels had spoilt it: another seed, which spoils nothing, changes more of them. For the customers look at what the answers say (urgency low, where the message is urgent), within the list that lineage gives.
 #
 # ## When the tracking server dies
 #
@@ -2808,7 +2808,7 @@ class Outbox:
 
 
 # %% [markdown]
-# Now in earnest: MLflow's server in a process of its own, with its own database, and three trainings that log to it over HTTP, 60 steps each. After step 20 the server is killed, as the kernel would kill it when memory runs out; before step 40 somebody has started it again. One training logs directly, one wraps each call in a `try`, one uses your outbox. The client's retries are switched off here, so that nothing waits. Then somebody has to look at the metrics, so the adapter goes up as well: through the server, which hands files on to the store behind it.
+# Now in earnest: MLflow's server in a process of its own, with its own database, and three trainings that log to it over HTTP, 60 steps each. After step 20 the server is killed, as the kernel would kill it when memory runs out; before step 40 somebody has started it again. One training logs directly, one wraps each call in a `try`, one uses your outbox. The client's retries are switched off here, so that nothing waits. In the end the adapter goes up as well, through the server, which hands files on to the store behind it.
 
 
 # %%
@@ -2900,7 +2900,7 @@ ax.grid(visible=False)
 plt.show()
 
 # %% [markdown]
-# Logging directly, the training ends with its first unheard loss: {{lost_direct}} of 60 are missing. With a `try` it lives and {{lost_swallow}} are missing, which shows in the curve only as a straight piece that looks like any other. The outbox has lost {{lost_outbox}}, and {{doubled}} are there twice. At the defaults the first of them would not even have failed at once: {{stall}} of waiting come first.
+# Logging directly, the training ends with its first unheard loss: {{lost_direct}} of 60 are missing. With a `try` it lives and {{lost_swallow}} are missing, which shows in the curve only as a straight piece that looks like any other. The outbox has lost {{lost_outbox}}, and {{doubled}} are there twice. At the defaults the first of them would not even have failed at once: {{stall}} s of waiting come first.
 #
 # MLflow's own `log_metric(…, synchronous=False)` sends from a thread in the background. That takes the waiting out of the loop. It is a queue in memory, though: what has not been sent when the process ends is gone.
 #
@@ -2945,7 +2945,7 @@ card.show()
 #
 # <details><summary>How do you version prompts?</summary>
 #
-# In a registry with numbered, unchangeable versions; services ask for an alias and log the number. A change is gated like a model: a list of our products, added to help, changed exact match by {{gain_3}} ({{gain_3:interval}}). Mind three traps: logging the alias, caching it (MLflow's client keeps an alias for a minute, so two replicas can disagree that long), and templates that expand what users write.
+# In a registry with numbered, unchangeable versions; services ask for an alias and log the number. A change is gated like a model: a list of our products, added to help, changed exact match by {{gain_3}} points ({{gain_3:interval}}). Mind three traps: logging the alias, caching it (MLflow's client keeps an alias for a minute, so two replicas can disagree that long), and templates that expand what users write.
 #
 # </details>
 #

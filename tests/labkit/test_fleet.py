@@ -18,7 +18,7 @@ SEEDS = LESSON_SEEDS[400:402]
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     desk = tmp_path_factory.mktemp("desk")
-    fleet.write_data(desk / "d", fleet.tickets(SEEDS, 6))
+    fleet.write_data(desk / "d", fleet.tickets(SEEDS, 40))  # more than the 8 batches that are sorted by length
     for name in ("c1", "c2", "c3"):
         fleet.write_code(desk / name, name)
     return desk
