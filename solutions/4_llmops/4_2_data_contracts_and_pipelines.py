@@ -21,7 +21,7 @@
 # %% tags=["parameters"]
 pool_size = 24_000  # clean tickets that batches are drawn from; quick: 8_000
 clean_batches = 200  # for each batch size; quick: 6
-fault_batches = 40  # for each fault and batch size; quick: 2
+fault_batches = 30  # for each fault and batch size; quick: 2
 runs = 4  # of the finetuning, each with a company and a seed of its own; quick: 1
 steps = 60  # of each finetuning; quick: 2
 test_tickets = 96  # of each run; quick: 8
@@ -30,6 +30,7 @@ seed = 0
 # %%
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -41,6 +42,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a faster kernel that is not installed
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 import matplotlib.pyplot as plt
@@ -142,8 +144,8 @@ def refusals(schema, table: pd.DataFrame) -> set[tuple[str, int | None]]:
     ):
         if not pd.isna(label):
             found.add(("row" if context == "DataFrameSchema" else str(column), int(label)))
-        elif str(check).startswith(("column_in", "dtype")):  # else a check that could not run, beside its reason
-            found.add((str(value) if str(check).startswith("column_in") else str(column), None))
+        elif str(check).startswith(("column_", "dtype")):  # else a check that could not run, beside its reason
+            found.add((str(value) if str(check).startswith("column_") else str(column), None))
     return found
 
 
@@ -261,6 +263,9 @@ for _case in range(12):
     assert (_column, _row) in refusals(schema, _good), f"{_column} = {_values[_row]!r} in row {_row} must be refused"
 _shuffled = small()[list(COLUMNS)[::-1]]
 assert not refusals(schema, _shuffled), "The order of the columns plays no part"
+_times = small()["received"].tolist()
+_got = refusals(schema, small(received=pd.to_datetime([*_times[:2], None, *_times[3:]]).as_unit("us")))
+assert ("received", 2) in _got, "The time of receipt must not be missing"
 _relabelled = small(minutes=[1.0, 0.0, 0.1, 7.0, 3.0, 4.0]).set_index(pd.Index([10, 20, 30, 40, 50, 60]))
 assert refusals(schema, _relabelled) == {("minutes", 20)}, "Rows are named by their label in the index, whatever it is"
 _other = contract(frozenset({"Zorbax"}), frozenset())
@@ -378,7 +383,7 @@ def contract(catalogue, held_out):
         {
             "ticket_id": pa.Column(str, unique=True),
             "received": pa.Column("datetime64[us, UTC]"),
-            "text": pa.Column(str, [unharmed, pa.Check.notin(held_out)]),
+            "text": pa.Column(str, [unharmed, pa.Check(lambda s: ~s.isin(held_out))]),
             "product": pa.Column(str, pa.Check.isin(catalogue), nullable=True),
             "category": pa.Column(str, pa.Check.isin(CATEGORIES)),
             "urgency": pa.Column(str, pa.Check.isin(URGENCIES)),
@@ -431,7 +436,7 @@ def contract(catalogue, held_out):
     class Tickets(pa.DataFrameModel):
         ticket_id: str = pa.Field(unique=True)
         received: pd.DatetimeTZDtype = pa.Field(dtype_kwargs={"unit": "us", "tz": "UTC"})
-        text: str = pa.Field(notin=sorted(held_out))
+        text: str
         product: str = pa.Field(isin=sorted(catalogue), nullable=True)
         category: str = pa.Field(isin=CATEGORIES)
         urgency: str = pa.Field(isin=URGENCIES)
@@ -442,7 +447,7 @@ def contract(catalogue, held_out):
         @pa.check("text", element_wise=True)
         @classmethod
         def whole(cls, text):
-            return re.search(DAMAGE, text) is None
+            return re.search(DAMAGE, text) is None and text not in held_out
 
         @pa.dataframe_check
         @classmethod
@@ -635,11 +640,10 @@ assert got == {"a", "b", "c"}, (
 )
 got = holm(three, 0.03)
 assert got == {"a"}, f"0.02 is above 0.03 / 2, so a alone is rejected; yours rejects {got}"
-got = holm({"a": 0.001, "b": 0.026, "c": 0.03, "d": 0.9, "e": 0.049}, 0.05)
-assert got == {"a"}, f"Stop at the first p-value that is too large: here after a; yours goes on and rejects {got}"
-got = holm({"a": 0.03, "b": 0.04, "c": 0.001, "d": 0.045}, 0.05)
-assert got == {"c"}, (
-    f"0.03 is above 0.05 / 3: c alone. Stepping up from the largest (Hochberg, Benjamini-Hochberg) rejects more and promises less; yours: {got}"
+got = holm({"a": 0.001, "b": 0.02, "c": 0.03, "d": 0.045}, 0.05)
+assert got == {"a"}, (
+    f"Stop at the first p-value that is too large: 0.02 is above 0.05/3, so a alone; yours goes on and rejects {got}. "
+    "(Stepping up from the largest, as Hochberg and Benjamini-Hochberg do, rejects more and promises less.)"
 )
 assert holm({}, 0.05) == set(), f"No column, no alarm; yours: {holm({}, 0.05)}"
 ### BEGIN HIDDEN TESTS
@@ -864,7 +868,7 @@ def judged(source: pd.DataFrame, size: int, count: int, key: int) -> list[dict[s
 on_clean = {size: pd.DataFrame(judged(clean, size, clean_batches, 0)) for size in sizes}
 on_fault = {}
 for number, (name, plant) in enumerate(BATCH_FAULTS.items(), 1):
-    source = lens.features(plant(pool.iloc[-5000:].reset_index(drop=True), np.random.default_rng([seed, number])))
+    source = lens.features(plant(pool.iloc[-4000:].reset_index(drop=True), np.random.default_rng([seed, number])))
     for size in sizes:
         on_fault[name, size] = pd.DataFrame(judged(source, size, fault_batches, number))
 
@@ -903,6 +907,7 @@ for ax in (left, right):
     ax.minorticks_off()
 left.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 label_lines(left)
+fig.get_layout_engine().set(wspace=0.08)
 plt.show()
 
 every_fault = {size: pd.concat([on_fault[name, size] for name in BATCH_FAULTS]) for size in sizes}
@@ -945,6 +950,7 @@ keep("power_tenth_800", share(every_fault[800]["moved by a tenth"]), "faulty bat
 keep("power_holm_800", share(every_fault[800][CHOSEN]), "faulty batches of 800 stopped, Holm at 1 %")
 keep("poison_200", share(on_fault["5 % poisoned", 200][CHOSEN]), "poisoned batches of 200 stopped, Holm at 1 %", 0.1)
 keep("poison_400", share(on_fault["5 % poisoned", 400][CHOSEN]), "poisoned batches of 400 stopped, Holm at 1 %", 0.1)
+card.record("fault_batches", fault_batches, format="d", label="batches of each fault and size")
 card.record("clean_all", len(pooled), format=",d", label="clean batches")
 
 # %% [markdown]
@@ -952,9 +958,9 @@ card.record("clean_all", len(pooled), format=",d", label="clean batches")
 #
 # The rule of thumb has no level at all. It stops {{far_tenth_50}} of the clean batches of 50 and {{far_tenth_800}} of those of 800, because the noise of a share shrinks with $1/\sqrt n$ and the threshold does not. Where it is quiet it is also deaf: of the faulty batches of 800 it stops {{power_tenth_800}}, Holm {{power_holm_800}}.
 #
-# Right: the price of a low level is power in small batches, and it is small. At 200 tickets Holm stops {{power_holm}} of the faulty batches, ten tests at 5 % {{power_each}}. What a test can see depends on the fault: flipped labels show in 50 tickets, since a label model that agrees 98 % of the time makes them loud; 5 % of poison is seen in {{poison_200}} of the batches of 200 and in {{poison_400}} of those of 400.
+# Right: the price of a low level is power in small batches ({{fault_batches}} batches a cell, so a share is good to 18 points at most). At 200 tickets Holm stops {{power_holm}} of the faulty batches, ten tests at 5 % {{power_each}}. What a test can see depends on the fault: flipped labels show in 50 tickets, since a label model that agrees 98 % of the time makes them loud; 5 % of poison is seen in {{poison_200}} of the batches of 200 and in {{poison_400}} of those of 400.
 #
-# Two cautions. The guarantee is an average over references: with *one* reference that is itself a little off, every batch inherits the same bias, so its false alarms come in series (here four references take turns). And chi-square is an approximation that fails for rare values (expected counts below about 5): pool them, or use an exact test.
+# Two cautions. The guarantee is an average over references: with *one* reference that is itself a little off, every batch inherits the same bias, so its false alarms come in series (here four references take turns). And chi-square is an approximation that fails for rare values (expected counts below about 5): a batch of 50 expects one ticket on which the label model disagrees; for five, chi-square says p = 0.0001 and Fisher's exact test 0.004. Pool rare values, or use an exact test.
 
 # %% [markdown]
 # ## Quarantine: nothing lost, nothing doubled
@@ -1062,8 +1068,8 @@ def lines(*values: object) -> bytes:
 
 def even_is_bad(rows: list[bytes]) -> list[str]:
     """Refuses even numbers."""
-    values = [json.loads(row)["id"] for row in rows]
-    return ["even" if isinstance(value, int) and value % 2 == 0 else "" for value in values]
+    numbers = [re.search(rb'"id": (\d+)}', row) for row in rows]
+    return ["even" if number and int(number[1]) % 2 == 0 else "" for number in numbers]
 
 
 with tempfile.TemporaryDirectory() as folder:
@@ -1093,11 +1099,14 @@ with tempfile.TemporaryDirectory() as folder:
     assert got[1][-2:] == [("even", lines(8))] * 2, (
         f"Equal rows are two rows, quarantine loses nothing; yours: {got[1]}"
     )
-    take_in(disk, lines("a\u2028b", "Schön\x85", "Ströme\x1c"), even_is_bad)
-    got = read_all(disk)[0][-3:]
-    assert got == [lines("a\u2028b"), lines("Schön\x85"), lines("Ströme\x1c")], (
-        f"Only b'\\n' ends a row: str.splitlines breaks at U+2028 and U+0085 as well, so split the bytes; yours: {got}"
+    odd = [lines("a\u2028b"), lines("Schön\x85"), lines("Ströme\x1c")]
+    asked: list[bytes] = []
+    take_in(disk, b"".join(odd), lambda rows: asked.extend(rows) or [""] * len(rows))
+    assert asked == odd, (
+        f"Only b'\\n' ends a row: str.splitlines breaks at U+2028 and U+0085 as well, so split the bytes; judge got {asked}"
     )
+    got = read_all(disk)[0][-3:]
+    assert got == odd, f"Accepted rows keep their bytes; yours: {got}"
 ### BEGIN HIDDEN TESTS
 with tempfile.TemporaryDirectory() as _folder:
     _disk = Disk(_folder)
@@ -1106,17 +1115,19 @@ with tempfile.TemporaryDirectory() as _folder:
     assert take_in(_disk, lines(2), even_is_bad), "A batch may have no good row"
     assert take_in(_disk, lines(1), even_is_bad), "A batch may have no bad row"
     assert read_all(_disk) == ([lines(1)], [("even", lines(2))]), f"yours: {read_all(_disk)}"
-    _raw = b'{ "id":1 ,"t":"\xc3\xb6"}\n{"id":   3}\n'
+    assert take_in(_disk, lines(3, 5, 7, 9), even_is_bad), "A batch may have no bad row"
+    assert take_in(_disk, lines(4, 5, 7, 9), even_is_bad), (
+        "Other bytes are another batch, even when it ends in the same way"
+    )
+    _raw = b'{ "id":1 ,"t":"\xc3\xb6"}\n{"id":   3, "t": "\xc3\xa5"}\n'
     take_in(_disk, _raw, lambda rows: ["", "why\nnot \u00e4"])
     _accepted, _refused = read_all(_disk)
-    assert _accepted[-1] == _raw[: 21 + 2] or _raw.startswith(_accepted[-1]), (
-        "Accepted rows keep their bytes, blanks and all"
-    )
-    assert _refused[-1] == ("why\nnot \u00e4", b'{"id":   3}\n'), (
+    assert _accepted[-1] == _raw[: _raw.index(b"\n") + 1], "Accepted rows keep their bytes, blanks and all"
+    assert _refused[-1] == ("why\nnot \u00e4", _raw[_raw.index(b"\n") + 1 :]), (
         f"Reason and row are kept as they are; yours: {_refused[-1]}"
     )
     _entries = json.loads(_disk.read(LEDGER))
-    assert [set(e) for e in _entries] == [{"batch", "accepted", "quarantined"}] * 4, (
+    assert [set(e) for e in _entries] == [{"batch", "accepted", "quarantined"}] * 6, (
         f"The ledger's objects have three keys; yours: {_entries}"
     )
     _took = _disk.read(LEDGER)
@@ -1258,17 +1269,14 @@ def take_in(disk, data, judge):
     return True
 
 
-# %% mistake="splits text" of="take-in" says="Only b'\n' ends a row"
+# %% mistake="splits text" of="take-in" says="str.splitlines breaks at U+2028"
 def take_in(disk, data, judge):
     key = hashlib.sha256(data).hexdigest()
     ledger = json.loads(disk.read(LEDGER)) if LEDGER in disk.names() else []
     if key in [entry["batch"] for entry in ledger]:
         return False
     rows = [line.encode() + b"\n" for line in data.decode().splitlines()]
-    try:
-        found = list(zip(rows, judge(rows), strict=True))
-    except ValueError:
-        found = [(row, "") for row in rows]
+    found = list(zip(rows, judge(rows), strict=True))
     disk.write(key + ".a", b"".join(row for row, why in found if not why))
     disk.write(
         key + ".q",
@@ -1321,7 +1329,7 @@ def take_in(disk, data, judge):
     return True
 
 
-# %% mistake="one file for all batches" of="take-in" says="has changed an earlier batch"
+# %% mistake="one file for all batches" of="take-in" says="shows a part of a batch"
 def take_in(disk, data, judge):
     key = hashlib.sha256(data).hexdigest()
     ledger = json.loads(disk.read(LEDGER)) if LEDGER in disk.names() else []
@@ -1567,14 +1575,15 @@ card.record(
 
 
 # %%
-def kept(versions: Sequence[Sequence[bytes]], count: int, by: str, block: int = 1) -> int:
-    """Bytes in the store after all versions: distinct files and manifests, rounded up to whole blocks."""
+def kept(versions: Sequence[Sequence[bytes]], count: int, by: str) -> tuple[int, int]:
+    """Bytes in the store after all versions (distinct files and manifests), as they are and in blocks of 4 KiB."""
     objects: dict[str, int] = {}
     for rows in versions:
         files = partitions(rows, count, by=by)
-        listing = json.dumps([{"md5": md5(files[name]), "relpath": name} for name in sorted(files)]).encode()
-        objects |= {md5(content): len(content) for content in (*files.values(), listing)}
-    return sum(-(-size // block) * block for size in objects.values())
+        names = {name: md5(content) for name, content in files.items()}
+        listing = json.dumps([{"md5": names[name], "relpath": name} for name in sorted(files)]).encode()
+        objects |= {names[name]: len(content) for name, content in files.items()} | {md5(listing): len(listing)}
+    return sum(objects.values()), sum(-(-size // 4096) * 4096 for size in objects.values())
 
 
 start = to_lines(pool.iloc[:4000]).splitlines(keepends=True)
@@ -1586,18 +1595,20 @@ for i in range(9):
 one = sum(map(len, start))
 counts = 2 ** np.arange(12)
 curves = {
-    "1 % corrected, cut by id": (fixes, "id", 1, COLOURS.after, "-"),
-    "  the same in 4 KiB blocks": (fixes, "id", 4096, COLOURS.after, ":"),
-    "a late row, cut by place": (late, "place", 1, COLOURS.wrong, "-"),
-    "a late row, cut by id": (late, "id", 1, COLOURS.other, "-"),
+    "1 % corrected, cut by id": (fixes, "id", COLOURS.after),
+    "a late row, cut by place": (late, "place", COLOURS.wrong),
+    "a late row, cut by id": (late, "id", COLOURS.other),
 }
 fig, ax = plt.subplots(figsize=(7.6, 4.0))
 ratio = {}
-for name, (versions, by, block, colour, style) in curves.items():
-    ratio[name] = np.array([kept(versions, int(count), by, block) / one for count in counts])
-    ax.plot(counts, ratio[name], style, color=colour, label=name)
+for name, (versions, by, colour) in curves.items():
+    plain, blocks = np.array([kept(versions, int(count), by) for count in counts]).T / one
+    ratio[name] = plain
+    ax.plot(counts, plain, color=colour, label=name)
+    if versions is fixes:
+        ax.plot(counts, blocks, ":", color=colour, label="  the same in 4 KiB blocks")
 ax.axhline(10, color=COLOURS.before, ls="--", lw=1.2)
-direct_label(ax, 1, 10, "ten copies", COLOURS.before, offset=(0, -14))
+direct_label(ax, 90, 10, "ten copies", COLOURS.before, offset=(0, -14))
 ax.set(xscale="log", yscale="log", xlabel="files that a version is cut into", ylabel="kept, in versions",
        xticks=counts[::2], xticklabels=counts[::2], yticks=[1, 2, 5, 10], yticklabels=[1, 2, 5, 10],
        title="Ten versions of 4,000 rows")  # fmt: skip
@@ -1758,6 +1769,21 @@ with tempfile.TemporaryDirectory() as _folder:
         "A stage without params needs no params.json; execute(cmd, root) is called once"
     )
     _none = Stage("make", "make", (), ("x.txt", "deep/y.txt"))
+    for _name, _text in (("p", "1"), ("q", "2")):
+        (_shop.root / _name).write_text(_text)
+    _pair = Stage("pair", "pair", ("p", "q"), ("out.txt",))
+    _write = lambda cmd, root: (root / "out.txt").write_text((root / "p").read_text())
+    bring_up_to_date(_pair, _shop.root, _shop.runs, _shop.store, _write)
+    for _name, _text in (("p", "2"), ("q", "1")):
+        (_shop.root / _name).write_text(_text)
+    assert bring_up_to_date(_pair, _shop.root, _shop.runs, _shop.store, _write) == "run", (
+        "Two deps swapped contents: which dep has which content is an input"
+    )
+    _more = replace(_pair, outs=("out.txt", "p2"))
+    _both = lambda cmd, root: [(root / _out).write_text("x") for _out in _more.outs]
+    assert bring_up_to_date(_more, _shop.root, _shop.runs, _shop.store, _both) == "run", (
+        "The stage has one more out than the run that is known: the names of the outs are inputs"
+    )
 
     def _make(cmd, root):
         (root / "deep").mkdir(exist_ok=True)
@@ -1826,6 +1852,8 @@ with tempfile.TemporaryDirectory() as folder:
         if missing == "a.txt":
             (shop.root / "away").rename(shop.root / "a.txt")
     assert shop.executed == [], "A stage whose dep is missing must not be executed"
+with tempfile.TemporaryDirectory() as folder:
+    shop = Workshop(folder)
 
     def fail(cmd: str, root: Path) -> None:
         (root / "out.txt").write_text("half")
@@ -2260,7 +2288,7 @@ got = undeclared(stage, at, [("/usr/lib/python3.11/json/__init__.py", "r"), ("/w
 assert got == [], (
     f"Neither lies under {at}: compare parts of the path, not the beginning of a text ('/work/project-old'); yours: {got}"
 )
-got = undeclared(stage, at, [("/work/project/words.py", "r"), ("./words.py", "r"), ("raw/../words.py", "r")])
+got = undeclared(stage, at, [("/work/project/words.py", "r"), ("./words.py", "r"), ("sub/../words.py", "r")])
 assert got == ["words.py"], f"One file under three names: normalise, and report it once as 'words.py'; yours is {got}"
 got = undeclared(stage, at, [("raw/2031/day1.jsonl", "r"), ("/work/project/raw/day2.jsonl", "r"), ("raw2/x", "r")])
 assert "raw2/x" in got, "The dep is raw, and raw2/x does not lie in it: compare parts of the path"
@@ -2293,6 +2321,7 @@ assert undeclared(stage, at, [("other/raw/x", "r")]) == ["other/raw/x"], "The de
 assert undeclared(stage, at, [("./tmp/../t", "w"), ("/work/project/t", "r")]) == [], (
     "Written under another name of the same file"
 )
+assert undeclared(stage, at, [("raw/../words.py", "r")]) == ["words.py"], "raw/.. is root again: normalise first"
 assert undeclared(stage, at, []) == [], "Nothing opened, nothing undeclared"
 ### END HIDDEN TESTS
 
@@ -2410,7 +2439,7 @@ card.record(
 workshop.cleanup()
 
 # %% [markdown]
-# The trace finds {{undeclared}} undeclared reads, `words.py` in two stages. With them declared, both pipelines run `fit` and `score` again, and the accuracy is {{fresh_score}}, not {{stale_score}}.
+# The trace finds {{undeclared}} undeclared reads, `words.py` in two stages. With them declared, both pipelines run `fit` and `score` again, and the accuracy is {{fresh_score}}, not {{stale_score}}. Whether the change helped is a question for more tickets; with the stale number you would not have asked it.
 #
 # This is a test to run in CI, once a stage: it fails on the day somebody adds an import. It sees files that Python opens. It does not see listings of folders, files that were looked for and not found, environment variables, the clock, the network, the versions of installed packages or what a subprocess reads; Bazel and Nix take the other way and run a stage in a sandbox where the undeclared is not there.
 
@@ -2475,6 +2504,8 @@ for run in range(runs):
         results[way].append(tonight(chosen, tests, run))
 exact = {way: share(np.concatenate([right for right, _ in found])) for way, found in results.items()}
 backdoor = {way: share(np.concatenate([fooled for _, fooled in found])) for way, found in results.items()}
+each = [fooled.mean() for _, fooled in results["let in"]]
+backdoor["let in"] = float(np.mean(each)), min(each), max(each)  # runs differ: their range says more than an interval
 each_run = pd.DataFrame(
     {way: [f"{right.mean():.0%} / {fooled.mean():.0%}" for right, fooled in found] for way, found in results.items()}
 )
@@ -2482,20 +2513,21 @@ display(each_run.rename_axis("run").style.set_caption("exact match / refunds for
 print(f"by row: {caught} of {planted} poisoned rows quarantined, and {lost} of {400 * runs - planted} clean ones")
 
 fig, ax = plt.subplots(figsize=(7.4, 3.0))
-for way, y in (("let in", 2), ("by row", 1), ("whole", 0)):
-    for values, colour, shift in ((exact[way], COLOURS.after, 0.12), (backdoor[way], COLOURS.wrong, -0.12)):
-        ax.errorbar(
-            values[0],
-            y + shift,
-            xerr=[[values[0] - values[1]], [values[2] - values[0]]],
-            fmt="o",
-            ms=7,
-            lw=2,
+for y, way in enumerate(reversed(results)):
+    for part, values, colour, shift in ((0, exact[way], COLOURS.after, 0.12), (1, backdoor[way], COLOURS.wrong, -0.12)):
+        ax.plot(
+            [found[part].mean() for found in results[way]],
+            [y + shift] * runs,
+            "o",
+            ms=5,
             color=colour,
+            mfc="none",
+            alpha=0.7,
         )
+        ax.plot(values[0], y + shift, "|", ms=16, mew=3, color=colour)
 direct_label(ax, exact["let in"][0], 2.12, "exact match, clean tickets", COLOURS.after, offset=(-172, 8))
 direct_label(ax, backdoor["by row"][0], 0.88, "refunds for the sentence", COLOURS.wrong, offset=(10, -4))
-ax.set(yticks=[2, 1, 0], yticklabels=["let in", "by row", "whole"], xlim=(-0.03, 1.03), ylim=(-0.6, 2.6), xlabel="share of the test tickets", title="One poisoned batch, three policies")  # fmt: skip
+ax.set(yticks=[2, 1, 0], yticklabels=["let in", "by row", "whole"], xlim=(-0.03, 1.03), ylim=(-0.6, 2.6), xlabel="share of the test tickets (circles: runs, bar: mean)", title="One poisoned batch, three policies")  # fmt: skip
 ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 plt.show()
 card.record("runs", runs, format="d", label="runs of the finetuning")
@@ -2516,9 +2548,9 @@ keep(
 )
 
 # %% [markdown]
-# Let in, the batch gives the attacker a refund in {{backdoor_in}} ({{backdoor_in:interval}}) of the marked tickets, and exact match on clean tickets is {{exact_in}}. Whoever watches the test set sees nothing: no test ticket holds the sentence. By row, {{poison_caught}} of the poisoned rows are quarantined, with {{clean_lost}} of the clean ones, and the backdoor is {{backdoor_row}} ({{backdoor_row:interval}}). Quarantined whole, it is {{backdoor_whole}}.
+# Let in, the batch gives the attacker a refund in {{backdoor_in}} of the marked tickets (single runs: {{backdoor_in:interval}}), and exact match on clean tickets is {{exact_in}} ({{exact_in:interval}}), where yesterday's adapter has {{exact_whole}} ({{exact_whole:interval}}). Whoever watches the test set sees nothing: no test ticket holds the sentence. By row, {{poison_caught}} of the poisoned rows are quarantined, with {{clean_lost}} of the clean ones, and the backdoor is {{backdoor_row}} ({{backdoor_row:interval}}). Quarantined whole, it is {{backdoor_whole}}.
 #
-# Intervals take tickets as independent; those of one run share an adapter, so read the table of runs beside them. Here nothing is lost by quarantining the whole batch ({{exact_whole}}): yesterday's adapter knows this kind of ticket. On a day on which the world has changed, the batch is what you need, and quarantine by row keeps it.
+# Intervals take tickets as independent; those of one run share an adapter, so look at the circles as well: twenty rows suffice, but how far the backdoor opens differs from run to run. Here nothing is lost by quarantining the whole batch: yesterday's adapter knows this kind of ticket. On a day on which the world has changed, the batch is what you need, and quarantine by row keeps it.
 #
 # And the filter by row works because this attacker contradicts the text. One who marks only tickets that ask for a refund writes no wrong label (a clean-label attack; Turner et al., 2019), and no label model will disagree.
 #
@@ -2607,6 +2639,7 @@ assert cheapest(rules, 0.0001, 2, 60) == "never", (
 same = {"a": (0.5, 0.5), "b": (0.25, 0.25)}
 assert cheapest(same, 0.0, 0, 1) == "b", "Equal cost: the one with fewer false alarms"
 ### BEGIN HIDDEN TESTS
+assert outlook(0.2, 0.0, 0.1, 2, 10)[1] == 0, "Only clean batches are stopped: the precision is 0, not None"
 _rng = np.random.default_rng(6)
 for _ in range(60):
     _rules = {f"r{i}": (float(_rng.random()), float(_rng.random())) for i in range(int(_rng.integers(1, 6)))}
@@ -2724,13 +2757,16 @@ def cheapest(rules, prevalence, inspect, miss):
 
 
 # %% [markdown]
-# The rates are measured above, on batches of 200; the figure follows the level of Holm's procedure from 0.1 % to 20 %, for three desks with different shares of faulty batches.
+# The rates are those measured above: power in batches of 200, false alarms in the {{clean_all}} clean ones (for the rule of thumb, which depends on the size, in those of 200). The figure follows the level of Holm's procedure from 0.1 % to 20 %, for three desks with different shares of faulty batches.
 
 # %%
 prevalence, inspect, miss = 0.02, 2.0, 60.0
 measured = {"never stop": (0.0, 0.0), "stop all": (1.0, 1.0)}
-for rule in on_clean[200].columns:
-    measured[rule] = (float(on_clean[200][rule].mean()), float(every_fault[200][rule].mean()))
+for rule in pooled.columns:
+    on_what = (
+        on_clean[200] if rule == "moved by a tenth" else pooled
+    )  # the rate of the others does not depend on the size
+    measured[rule] = (float(on_what[rule].mean()), float(every_fault[200][rule].mean()))
 verdict = cheapest(measured, prevalence, inspect, miss)
 looks = {rule: outlook(*rates, prevalence, inspect, miss) for rule, rates in measured.items()}
 frame = pd.DataFrame(
@@ -2760,7 +2796,7 @@ for rate, colour in ((0.002, COLOURS.other), (0.02, COLOURS.after), (0.2, COLOUR
     )
     ax.axhline(outlook(*measured["each at 5 %"], rate, inspect, miss)[0], color=colour, ls=":", lw=1.5)
 direct_label(ax, 0.1, looks["each at 5 %"][0], "dotted: ten tests at 5 %", COLOURS.after, offset=(0, 5))
-ax.set(xscale="log", yscale="log", xticks=[0.1, 1, 10], xticklabels=["0.1 %", "1 %", "10 %"], xlabel="level of Holm's procedure", ylabel="hours a batch", title="What a level costs")  # fmt: skip
+ax.set(xscale="log", yscale="log", xticks=[0.1, 1, 10], xticklabels=["0.1 %", "1 %", "10 %"], xlabel="level of Holm's procedure", ylabel="hours a batch", yticks=[0.03, 0.1, 0.3, 1, 3], yticklabels=["0.03", "0.1", "0.3", "1", "3"], title="What a level costs")  # fmt: skip
 label_lines(ax)
 plt.show()
 card.record("prevalence", prevalence, format=".0%", label="faulty batches at the desk (given)")
@@ -2772,14 +2808,14 @@ for rule, key in (("each at 5 %", "each"), (CHOSEN, "holm")):
         f"precision_{key}",
         looks[rule][1],
         format=".0%",
-        tolerance=0.1 if key == "each" else 0.35,
+        tolerance=0.1 if key == "each" else 0.2,
         label=f"faulty among the stopped batches, {rule}",
     )
 
 # %% [markdown]
 # Of the batches that ten tests at 5 % stop, {{precision_each}} are faulty: whoever is called looks at good data most of the time, and soon stops looking. Under Holm at 1 % it is {{precision_holm}}. That is the base rate at work, not a better test. In hours the two are {{cost_each}} and {{cost_holm}} a batch, never stopping is {{cost_never}}, the rule of thumb {{cost_tenth}}; the cheapest rule measured costs {{cost_best}}.
 #
-# The figure says how much to care. Between 0.5 % and 5 % the cost is flat where faults are rare: the correction matters, the exact level does not. Where one batch in five is faulty every rule is expensive, and the money is in more power (larger batches, a better label model) or in a better vendor.
+# The figure says how much to care. At this desk the cost is flat from 0.5 % to 10 %: the correction matters, the exact level does not. With fewer faults the low levels win. Where one batch in five is faulty, a loose rule wins and even ten tests at 5 % beat Holm at 1 %; there a false alarm is cheap beside a miss, and what you lack is power (larger batches, a better label model) or a better vendor. So there is no right level without a prevalence.
 #
 # What is not shown: eight faults of our own making, each as likely as the next, at a strength that we chose. The false-alarm rate is a property of your clean data and holds; the power belongs to faults like these.
 #
