@@ -1,7 +1,7 @@
 """Nightly batches of labelled support tickets as DataFrames, what goes wrong with them, and what to look at.
 
-A batch has the columns of `COLUMNS`, one row a ticket, and the index 0 … n-1. `ROW_FAULTS` and `BATCH_FAULTS` plant what
-teams meet, one fault at a time, in a copy. A `Lens` turns a batch into the columns that batch-level statistics compare.
+A batch has the columns of `COLUMNS`, one row a ticket, and the index 0 … n-1. `ROW_FAULTS` and `BATCH_FAULTS` plant
+what teams meet, one fault at a time, in a copy. A `Lens` turns a batch into the columns that statistics compare.
 """
 
 from collections.abc import Callable

@@ -3,11 +3,11 @@
 #
 # You will be able to stop a bad batch of data before it reaches a model: a row contract that reports every fault at once, batch statistics with a false-alarm rate that you set, a quarantine that survives a crash, and a pipeline that reruns what changed and nothing else.
 #
-# **You will measure.** Ten tests at 5 % each stop {{far_each}} of the clean batches; the same tests under Holm's correction at 1 % stop {{far_holm}} ({{far_holm:interval}}) and still catch {{power_holm}} of the batches with a planted fault. A pipeline with {{changes}} kinds of change reruns the same stages as DVC in {{agree}} of {{changes}}, and both leave a stale result in one. A poisoned batch let in gives the attacker's action to {{backdoor_in}} of the tickets with his phrase, while exact match on the test set is {{exact_in}}.
+# **You will measure.** Ten tests at 5 % each stop {{far_each}} of the clean batches; the same tests under Holm's correction at 1 % stop {{far_holm}} ({{far_holm:interval}}) and still catch {{power_holm}} of the batches with a planted fault. A pipeline with {{changes}} kinds of change reruns the same stages as DVC in {{agree}} of {{changes}}, and both leave a stale result in one. A poisoned batch let in gives the attacker's action to {{backdoor_in}} of the tickets that carry the attacker's sentence, while exact match on the test set is {{exact_in}}.
 #
 # **You need.** pandas; p-values; lesson 1.5 (finetuning) for the last experiment. A shell.
 #
-# **Time.** About 70 minutes; the solution runs in {{run:seconds}} s on one CPU core.
+# **Time.** About 90 minutes, 68 of them for the exercises; the solution runs in {{run:seconds}} s on one CPU core.
 
 # %% [markdown]
 # ## Why it matters at work
@@ -956,7 +956,7 @@ card.record("clean_all", len(pooled), format=",d", label="clean batches")
 # %% [markdown]
 # Left: ten columns at 5 % stop {{far_each}} of {{clean_all}} clean batches at *every* size; no amount of data helps, since 5 % is what was asked for, ten times. Holm at 1 % stops {{far_holm}} ({{far_holm:interval}}).
 #
-# The rule of thumb has no level at all. It stops {{far_tenth_50}} of the clean batches of 50 and {{far_tenth_800}} of those of 800, because the noise of a share shrinks with $1/\sqrt n$ and the threshold does not. Where it is quiet it is also deaf: of the faulty batches of 800 it stops {{power_tenth_800}}, Holm {{power_holm_800}}.
+# The rule of thumb has no level at all. It stops {{far_tenth_50}} of the clean batches of 50 and {{far_tenth_800}} of those of 800, because the noise of a share shrinks with $1/\sqrt n$ and the threshold does not. Even with 800 tickets, where it stops {{power_tenth_800}} of the faulty batches, Holm stops {{power_holm_800}} and leaves the clean ones alone.
 #
 # Right: the price of a low level is power in small batches ({{fault_batches}} batches a cell, so a share is good to 18 points at most). At 200 tickets Holm stops {{power_holm}} of the faulty batches, ten tests at 5 % {{power_each}}. What a test can see depends on the fault: flipped labels show in 50 tickets, since a label model that agrees 98 % of the time makes them loud; 5 % of poison is seen in {{poison_200}} of the batches of 200 and in {{poison_400}} of those of 400.
 #
@@ -2813,7 +2813,7 @@ for rule, key in (("each at 5 %", "each"), (CHOSEN, "holm")):
     )
 
 # %% [markdown]
-# Of the batches that ten tests at 5 % stop, {{precision_each}} are faulty: whoever is called looks at good data most of the time, and soon stops looking. Under Holm at 1 % it is {{precision_holm}}. That is the base rate at work, not a better test. In hours the two are {{cost_each}} and {{cost_holm}} a batch, never stopping is {{cost_never}}, the rule of thumb {{cost_tenth}}; the cheapest rule measured costs {{cost_best}}.
+# Of the batches that ten tests at 5 % stop, {{precision_each}} are faulty: whoever is called looks at good data most of the time, and soon stops looking. Under Holm at 1 % it is {{precision_holm}}. Both rules see most faults; the difference is that with 2 % of faulty batches a third of the clean ones is a crowd. In hours the two are {{cost_each}} and {{cost_holm}} a batch, never stopping is {{cost_never}}, the rule of thumb {{cost_tenth}}; the cheapest rule measured costs {{cost_best}}.
 #
 # The figure says how much to care. At this desk the cost is flat from 0.5 % to 10 %: the correction matters, the exact level does not. With fewer faults the low levels win. Where one batch in five is faulty, a loose rule wins and even ten tests at 5 % beat Holm at 1 %; there a false alarm is cheap beside a miss, and what you lack is power (larger batches, a better label model) or a better vendor. So there is no right level without a prevalence.
 #
