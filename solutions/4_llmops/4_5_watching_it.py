@@ -25,7 +25,8 @@ customers = 48  # of the service, each a company with its own products; quick: 6
 days = 2_000  # clean days to calibrate on, and as many to count false alarms; quick: 50
 drifted_days = 400  # of each kind of drift; quick: 5
 label_counts = (4, 16, 64)  # fresh labels to retrain with; quick: (4,)
-passes = 192  # examples seen in a retraining; quick: 16
+passes = 256  # examples seen in a retraining; quick: 16
+learning_rate = 3e-3  # of a retraining; for a real model 1e-4 to 3e-4
 repeats = 2  # retrainings of each size, with other labels; quick: 1
 seed = 0
 
@@ -42,6 +43,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a faster kernel that is not installed
@@ -79,7 +81,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 from labkit import assistant, incident, triage
 from labkit.adapters import teach
 from labkit.base_model.finetune import Pair, replies
-from labkit.plots import COLOURS, direct_label, label_lines, use_house_style
+from labkit.plots import COLOURS, direct_label, intervals, label_lines, use_house_style
 from labkit.predict import compare
 from labkit.results import ResultCard
 from labkit.retrieval import encode
@@ -426,14 +428,16 @@ def accept(tracer, queue, ticket):
 
 def work(tracer, message, generate):
     with tracer.start_as_current_span("triage", context=extract(message["headers"])):
+        found = None
         with tracer.start_as_current_span("generate") as span:
             reply, tokens = generate(message["ticket"])
             span.set_attribute("gen_ai.usage.output_tokens", tokens)
             try:
                 with tracer.start_as_current_span("parse"):
-                    return Triage.parse(reply)
+                    found = Triage.parse(reply)
             except ValueError:
-                return None
+                pass
+        return found
 
 
 # %% alternative="contexts by hand" of="carry-context"
@@ -581,7 +585,7 @@ def increase(times: Sequence[float], values: Sequence[float], start: float, end:
     ### BEGIN SOLUTION
     if len(times) < 2:
         return math.nan
-    drops = sum(before for before, after in zip(values[:-1], values[1:], strict=True) if after < before)
+    drops = sum(before for before, after in pairwise(values) if after < before)
     raw = values[-1] - values[0] + drops
     covered = times[-1] - times[0]
     gap = covered / (len(times) - 1)
@@ -726,7 +730,7 @@ predicted_series = 100
 def increase(times, values, start, end):
     if len(times) < 2:
         return math.nan
-    steps = [after - before if after >= before else after for before, after in zip(values, values[1:], strict=False)]
+    steps = [after - before if after >= before else after for before, after in pairwise(values)]
     return sum(steps) / (times[-1] - times[0]) * (end - start)
 
 
@@ -741,7 +745,7 @@ predicted_series = 100
 def increase(times, values, start, end):
     if len(times) < 2:
         return math.nan
-    raw = sum(after - before if after >= before else after for before, after in zip(values, values[1:], strict=False))
+    raw = sum(after - before if after >= before else after for before, after in pairwise(values))
     covered = times[-1] - times[0]
     gap = covered / (len(times) - 1)
     sides = [side if side < 1.1 * gap else gap / 2 for side in (times[0] - start, end - times[-1])]
@@ -759,7 +763,7 @@ predicted_series = 100
 def increase(times, values, start, end):
     if len(times) < 2:
         return math.nan
-    raw = sum(after - before if after >= before else after for before, after in zip(values, values[1:], strict=False))
+    raw = sum(after - before if after >= before else after for before, after in pairwise(values))
     covered = times[-1] - times[0]
     gap = covered / (len(times) - 1)
     left, right = (side if side < 1.1 * gap else gap / 2 for side in (times[0] - start, end - times[-1]))
@@ -778,7 +782,7 @@ predicted_series = 100
 def increase(times, values, start, end):
     if len(times) < 2:
         return math.nan
-    raw = sum(after - before if after >= before else after for before, after in zip(values, values[1:], strict=False))
+    raw = sum(after - before if after >= before else after for before, after in pairwise(values))
     covered = times[-1] - times[0]
     gap = covered / (len(times) - 1)
     left, right = (side if side < 1.1 * gap else gap / 2 for side in (times[0] - start, end - times[-1]))
@@ -800,7 +804,7 @@ predicted_series = 100
 def increase(times, values, start, end):
     if len(times) < 2:
         return math.nan
-    raw = sum(after - before if after >= before else after for before, after in zip(values, values[1:], strict=False))
+    raw = sum(after - before if after >= before else after for before, after in pairwise(values))
     covered = times[-1] - times[0]
     gap = covered / (len(times) - 1)
     left, right = (side if side < 1.1 * gap else gap / 2 for side in (times[0] - start, end - times[-1]))
@@ -910,7 +914,7 @@ card.record("series_before", counted["seconds"], format=",d", label="time series
 card.record("series_after", counted["traced_seconds"], format=",d", label="time series with the request as a label")
 
 # %% [markdown]
-# A quantile of the whole is no mean of quantiles: {{mean_p99}} against {{true_p99}} from the traces. Sum the buckets first, then take the quantile: {{pooled_p99}}, and what is left of the difference is the width of the bucket, 64 seconds here. If you care about a limit, put a bound on it.
+# A quantile of the whole is no mean of quantiles: {{mean_p99}} against {{true_p99}} from the traces. Sum the buckets first, then take the quantile. It lies in the last bucket, of which Prometheus reports the lower end, {{pooled_p99}}: a histogram does not know what is above its largest bound. If you care about a limit, put a bound on it and some above.
 #
 # The label `trace` made {{series_after}} series of {{series_before}}, for two hours of a small service. Each combination of values is a series, kept in memory, whether it ever gets a second observation or not. What identifies one request belongs into traces; from a metric to a trace lead *exemplars*, an example's trace id beside a bucket.
 #
@@ -1367,11 +1371,13 @@ fig, axes = plt.subplots(3, 1, figsize=(8.6, 6.4), sharex=True)
 named = {name: COLOURS.wrong if name == diagnosis["replica"] else COLOURS.before for name in incident.REPLICAS}
 for name, colour in named.items():
     axes[0].plot(clock, [quantile(0.99, [name], 60 * m, 300) for m in clock], color=colour, label=name)
-    tokens_of = lambda m: grown("output_tokens_total", [name], 60 * m, 300)
-    answers_of = lambda m, kind: grown("attempts_total", [name], 60 * m, 300, outcome=kind)
-    both_of = [(answers_of(m, "ok"), answers_of(m, "error"), tokens_of(m)) for m in clock]
-    axes[1].plot(clock, [tokens_ / (ok + error) for ok, error, tokens_ in both_of], color=colour, label=name)
-    axes[2].plot(clock, [error / (ok + error) for ok, error, _ in both_of], color=colour, label=name)
+    ok, error = (
+        np.array([grown("attempts_total", [name], 60 * m, 300, outcome=kind) for m in clock])
+        for kind in ("ok", "error")
+    )
+    tokens_out = np.array([grown("output_tokens_total", [name], 60 * m, 300) for m in clock])
+    axes[1].plot(clock, tokens_out / (ok + error), color=colour, label=name)
+    axes[2].plot(clock, error / (ok + error), color=colour, label=name)
 axes[0].set(yscale="log", ylabel="p99 (s)", title="One replica, from one minute on")
 axes[1].set(ylabel="tokens a reply")
 axes[2].set(ylabel="replies that\ndo not parse", xlabel="minute")
@@ -1427,7 +1433,7 @@ card.record(
 #
 # `psi_limit(n, m, bins, alarm)`: the value that a clean PSI exceeds with probability `alarm` by the formula above. `psi_limit(500, 100, 10, 0.01)` is 0.26.
 #
-# *Predict* `predicted_rule`: on which share of clean days, with a reference of 384 ticket lengths and 32 tickets a day, does PSI with ten bins exceed 0.25? *About 10 lines.*
+# *Predict* `predicted_rule`: on which share of clean days, with a reference of 384 ticket lengths and 48 tickets a day, does PSI with ten bins exceed 0.25? *About 10 lines.*
 #
 # <details><summary>Hint 1</summary>Whose quantiles are the edges, and which side does an edge belong to? For the prediction: the mean of a chi-square variable is its degrees of freedom.</details>
 # <details><summary>Hint 2</summary>np.searchsorted(edges, values, side="left") puts a value equal to an edge below it. np.bincount with minlength counts; divide by the number of values.</details>
@@ -1661,21 +1667,23 @@ def psi_limit(n, m, bins, alarm):
 
 
 # %% [markdown]
-# The service has {{customers}} customers, each with products of its own. A day's 32 tickets come from four of them, eight each: customers write when something is up. Eight other tickets of each customer are the reference. Nothing has changed on any of the days below.
+# The service has {{customers}} customers, each with products of its own. A day's 48 tickets come from four of them, twelve each: customers write when something is up. Eight other tickets of each customer are the reference. Nothing has changed on any of the days below.
 
 # %%
-PER_DAY, EACH = 4, 8  # customers that write on a day, and tickets of each
+PER_DAY, EACH = 4, 12  # customers that write on a day, and tickets of each
 seeds = [LESSON_SEEDS[4_500 + 100 * seed + i] for i in range(customers)]
-reference = [ticket for s in seeds for ticket in World(s).tickets(EACH, part="train")]
-desk_tickets = [World(s).tickets(2 * EACH, part="test") for s in seeds]  # what customers write on later days
+reference = [ticket for s in seeds for ticket in World(s).tickets(8, part="train")]
+desk_tickets = [World(s).tickets(16, part="test") for s in seeds]  # what customers write on later days
 
 
-def draw_days(count: int, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Row numbers of the tickets of each day, (count, PER_DAY * EACH), from rows (customers, tickets)."""
+def draw_days(
+    count: int, rows: np.ndarray, rng: np.random.Generator, *, who: int = PER_DAY, each: int = EACH
+) -> np.ndarray:
+    """Row numbers of the tickets of each day, (count, who * each), from rows (customers, tickets)."""
     found = []
     for _ in range(count):
-        chosen = rng.choice(len(rows), PER_DAY, replace=False)
-        found.append(np.concatenate([rng.choice(rows[c], EACH, replace=False) for c in chosen]))
+        chosen = rng.choice(len(rows), who, replace=False)
+        found.append(np.concatenate([rng.choice(rows[c], each, replace=False) for c in chosen]))
     return np.array(found)
 
 
@@ -1689,7 +1697,9 @@ lengths_ref = np.array([len(ticket.text) for ticket in reference])
 lengths = np.array([[len(ticket.text) for ticket in tickets] for tickets in desk_tickets]).ravel()
 clean = draw_days(2 * days, np.arange(lengths.size).reshape(customers, -1), rng)
 psi_clean = np.array([psi(lengths_ref, lengths[day]) for day in clean])
-many = np.array([psi(lengths_ref, rng.choice(lengths_ref, 32)) for _ in range(days)])  # single tickets, same population
+many = np.array(
+    [psi(lengths_ref, rng.choice(lengths, PER_DAY * EACH, replace=False)) for _ in range(days)]
+)  # one by one
 n, m = len(lengths_ref), PER_DAY * EACH
 limit = psi_limit(n, m, 10, 0.01)
 rule = share(psi_clean > 0.25)
@@ -1724,7 +1734,7 @@ compare([("clean days above 0.25", predicted_rule, rule[0])], format=".0%")
 for name, found, label in (
     ("psi_rule", rule, "clean days on which PSI exceeds 0.25"),
     ("psi_chi", chi_false, "clean days above the chi-square limit of 1 %, ten bins"),
-    ("psi_iid", iid_false, "the same for 32 tickets drawn one by one"),
+    ("psi_iid", iid_false, "the same for tickets drawn one by one"),
     ("psi_coarse", coarse_false, "clean days above the chi-square limit of 1 %, four bins"),
 ):
     card.record(name, found[0], low=found[1], high=found[2], format=".1%", tolerance=0.02, label=label)
@@ -1749,7 +1759,7 @@ card.record("customers", customers, format="d", label="customers of the service"
 #
 # `p_values(scores, null)`: an array with the p-value of each score. Nulls `[1, 2, 3, 4]` give the scores `[5, 2.5, 0]` the p-values `[0.2, 0.6, 1.0]`.
 #
-# *Predict* `predicted_naive`. A permutation test takes its null from the same clean tickets, shuffled: some are called "reference" and 32 "the day", over and over. At a level of 1 %, on which share of clean days does it alarm? *About 6 lines.*
+# *Predict* `predicted_naive`. A permutation test takes its null from the same clean tickets, shuffled: some are called "reference" and 48 "the day", over and over. At a level of 1 %, on which share of clean days does it alarm? *About 6 lines.*
 #
 # <details><summary>Hint 1</summary>Which terms of a sum over all pairs do not belong to i ≠ j, and what is the kernel there? What does shuffling tickets assume about a day's tickets?</details>
 # <details><summary>Hint 2</summary>Take the trace from the sum of kxx and kyy, and divide by n (n - 1). In kxy all pairs count. Compare scores[:, None] with null[None, :].</details>
@@ -1966,7 +1976,7 @@ def p_values(scores, null):
 
 
 # %% [markdown]
-# First the clean days, with MiniLM's embeddings. Two nulls for the same score: tickets shuffled one by one, and 2,000 *days* on which nothing had changed. Both are compared with as many other clean days.
+# First the clean days, with MiniLM's embeddings. Two nulls for the same score: tickets shuffled one by one, and {{null_days}} *days* on which nothing had changed. Both are compared with as many other clean days.
 
 # %%
 known = encode([ticket.text for ticket in reference])
@@ -2002,25 +2012,49 @@ library = permutation_test(
 mine = p_values([library.statistic], library.null_distribution)[0]
 print(f"p-value of one small batch: yours {mine:.4f}, scipy {library.pvalue:.4f}")
 
-naive = share(p_values(fresh_days, shuffled) <= 0.01)
 LEVEL = 0.005
-alarm_false = share(p_values(fresh_days, null_days) <= LEVEL)
+naive, alarm_false = share(p_values(fresh_days, shuffled) <= 0.01), share(p_values(fresh_days, null_days) <= LEVEL)
+rows_all = np.arange(lengths.size).reshape(customers, -1)
+writing = {
+    who: m // who for who in (3, 4, 6, 8, 12, 16, 24, 48) if who <= customers
+}  # customers a day: tickets of each
+by_number = {
+    who: share(p_values(day_scores(stream, draw_days(days // 2, rows_all, rng, who=who, each=each)), shuffled) <= 0.01)
+    for who, each in writing.items()
+}
+fig, ax = plt.subplots(figsize=(7.4, 3.6))
+mean, low, high = (np.array(part) for part in zip(*by_number.values(), strict=True))
+intervals(ax, [*by_number], mean, low, high, COLOURS.before)
+ax.plot([*by_number], mean, color=COLOURS.before)
+ax.axhline(0.01, color=COLOURS.truth, ls="--", lw=1.5)
+ax.plot(PER_DAY, alarm_false[0], "D", ms=8, color=COLOURS.after)
+direct_label(ax, 6, mean[2], "tickets shuffled", COLOURS.before, offset=(10, 8))
+direct_label(ax, PER_DAY, alarm_false[0], "calibrated on days", COLOURS.after, offset=(10, -2))
+direct_label(ax, 30, 0.01, "1 %", COLOURS.truth, offset=(0, 5))
+ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+ax.set(xscale="log", xlabel="customers that share the 48 tickets of a day", ylabel="clean days with an alarm",
+       xticks=[*by_number], xticklabels=[*by_number], title="A test at 1 %, on days on which nothing changed")  # fmt: skip
+ax.minorticks_off()
+plt.show()
 print(f"false alarms: tickets shuffled, 1 %: {naive[0]:.1%}; days, {LEVEL:.1%}: {alarm_false[0]:.2%}")
 compare([("clean days on which the permutation test alarms", predicted_naive, naive[0])], format=".0%")
 card.record("naive_false", naive[0], low=naive[1], high=naive[2], format=".0%", tolerance=0.05, label="false alarms of a permutation test of tickets at 1 %")  # fmt: skip
+most = max(by_number)
+card.record("naive_spread", by_number[most][0], low=by_number[most][1], high=by_number[most][2], format=".1%", tolerance=0.01, label="the same when each ticket is another customer's")  # fmt: skip
+card.record("null_days", days, format=",d", label="clean days that the alarm is calibrated on")
 card.record("alarm_false", alarm_false[0], low=alarm_false[1], high=alarm_false[2], format=".1%", tolerance=0.005, label="false alarms, calibrated on days")  # fmt: skip
 
 # %% [markdown]
-# The permutation test is exact, for tickets that are exchangeable. A day's tickets are not: eight come from one customer and name the same few products, so they resemble each other more than tickets of eight customers do. The test correctly finds that a day is no random sample of tickets, on {{naive_false}} of the days, and calls it drift. **Shuffle what is independent**: here days, elsewhere users, sessions or shops.
+# The permutation test is exact, for tickets that are exchangeable. A day's tickets are not: twelve come from one customer and name the same few products, so they resemble each other more than tickets of twelve customers do. The test finds, correctly, that a day is no random sample of tickets, on {{naive_false}} of the days, and calls it drift. The fewer customers write on a day, the worse; when each ticket is another customer's, it keeps its promise ({{naive_spread}}). **Shuffle what is independent**: here days, elsewhere users, sessions or shops.
 #
-# Calibrated on days the alarm fires on {{alarm_false}} ({{alarm_false:interval}}) of clean ones. The level is 0.5 % and not 1 % for a reason: the null is itself a sample. With 2,000 days the tenth largest score is the limit, and the rate that it really has varies from calibration to calibration (it has a beta distribution with parameters 10 and 1,991). At a level of 0.5 % it stays below 1 % in 99 of 100 calibrations.
+# Calibrated on days the alarm fires on {{alarm_false}} ({{alarm_false:interval}}) of clean ones. The level is 0.5 % and not 1 % for a reason: the null is itself a sample. With {{null_days}} days the tenth largest score is the limit, and the rate that it really has varies from calibration to calibration (it has a beta distribution with parameters 10 and 1,991). At a level of 0.5 % it stays below 1 % in 99 of 100 calibrations.
 #
 # ## What an alarm sees, and what it costs you not to see
 #
 # Nine things that happen to a service, each to the same tickets:
 
 # %%
-moved = [tickets[:EACH] for tickets in desk_tickets[: min(16, customers)]]
+moved = [tickets[:EACH] for tickets in desk_tickets[: min(12, customers)]]
 others = [LESSON_SEEDS[5_500 + 100 * seed + i] for i in range(len(moved))]
 
 
@@ -2068,13 +2102,14 @@ for name in ("product codes", "a quoted mail", "lower case", "a new policy"):
     print(f"{name}: {kinds[name][1].text!r} -> {kinds[name][1].triage.action}")
 
 model.set_adapter("triage")
-right = {
-    name: triage.score(triage.answers(model, tokenizer, tickets), tickets).exact for name, tickets in kinds.items()
-}
-steady = triage.score(triage.answers(model, tokenizer, flat(desk_tickets)), flat(desk_tickets)).exact
+texts = {ticket.text: ticket for tickets in (*kinds.values(), flat(desk_tickets)) for ticket in tickets}
+replied = dict(zip(texts, triage.answers(model, tokenizer, [*texts.values()]), strict=True))  # each text once
+judged = lambda tickets: triage.score([replied[ticket.text] for ticket in tickets], tickets).exact
+right = {name: judged(tickets) for name, tickets in kinds.items()}
+steady = judged(flat(desk_tickets))
 
 # %% [markdown]
-# Three monitors look at each day: PSI of the ticket lengths, MMD of the embeddings, and the number of wrong triages among the day's 32, for which somebody has to label them; say that takes five days. Each is calibrated on the same clean days and alarms at a p-value of {{level}} or less.
+# Three monitors look at each day: PSI of the ticket lengths, MMD of the embeddings, and the number of wrong triages among the day's 48, for which somebody has to label them; say that takes five days. Each is calibrated on the same clean days and alarms at a p-value of {{level}} or less.
 
 # %%
 wrong_clean = (~steady)[clean].sum(axis=1)
@@ -2082,10 +2117,14 @@ nulls = {"length": psi_clean[:days], "embedding": null_days, "labels": wrong_cle
 grid_rows = np.arange(len(again)).reshape(-1, EACH)
 power: dict[str, dict[str, tuple[float, float, float]]] = {}
 drift_scores: dict[str, np.ndarray] = {}
+embedded: dict[tuple[str, ...], np.ndarray] = {}
 for name, tickets in kinds.items():
     rows = draw_days(drifted_days, grid_rows, np.random.default_rng(seed + 1))
     sizes = np.array([len(ticket.text) for ticket in tickets])
-    drift_scores[name] = day_scores(encode([ticket.text for ticket in tickets]), rows)
+    written = tuple(ticket.text for ticket in tickets)
+    if written not in embedded:
+        embedded[written] = encode(written)
+    drift_scores[name] = day_scores(embedded[written], rows)
     today = {
         "length": [psi(lengths_ref, sizes[day]) for day in rows],
         "embedding": drift_scores[name],
@@ -2145,7 +2184,7 @@ for key, name in (("lower", "lower case"), ("policy", "a new policy"), ("typos",
 # - **Harmful and not seen**: a new policy, {{policy_exact}} right. The tickets are the same to the letter, so *no* monitor of inputs can see it, whatever its kernel. Only labels can: {{policy_labels}} of days, five days late.
 # - **Harmful and not seen, for another reason**: lower case. Somebody upstream "normalised" the text; exact match falls to {{lower_exact}}, since names must be copied as they are written. MiniLM's tokenizer lower-cases, so to it *nothing has changed*. A monitor is blind to what its features throw away, and you find out which by breaking things on purpose, as here. Labels see it on {{lower_labels}} of days; so would the share of capital letters.
 #
-# What is not shown: levels belong to this model and these tickets. Days are drawn again and again from the same {{customers}} customers, and drifted days from sixteen of them; the intervals count days, not customers, and are too narrow for customers to come.
+# What is not shown: levels belong to this model and these tickets. Days are drawn again and again from the same {{customers}} customers, and drifted days from twelve of them; the intervals count days, not customers, and are too narrow for customers to come.
 #
 # ## Rare false alarms or quick detection
 #
@@ -2375,7 +2414,7 @@ def decide(gains, terms):
 
 
 # %% [markdown]
-# How much do $n$ labels gain? Measured: the adapter is trained on from where it is, on $n$ freshly labelled tickets, over and over until it has seen {{passes}} examples, and tested on tickets of the same customers. Twice, for two of the drifts: the policy, and the product codes.
+# How much do $n$ labels gain? Measured: the adapter is trained on from where it is, on $n$ freshly labelled tickets, over and over until it has seen {{passes}} examples, and tested on tickets of the same customers. For two of the drifts: the policy (twice, with other labels), and the product codes.
 
 # %%
 start = {key: value.clone() for key, value in get_peft_model_state_dict(model, adapter_name="triage").items()}
@@ -2383,13 +2422,13 @@ for name, weight in model.named_parameters():
     weight.requires_grad_(".triage." in name and "lora_" in name)
 
 
-def retrained(change: Callable[[Ticket, Draw], Ticket], n: int, again_: int, tests: list[Ticket]) -> np.ndarray:
+def retrained(change: Callable[[Ticket, Draw], Ticket], n: int, number: int, tests: list[Ticket]) -> np.ndarray:
     """Which of the tests a copy of the adapter gets right after training on n fresh labels."""
     set_peft_model_state_dict(model, start, adapter_name="triage")
-    draw = Draw("labels", seed, again_)
+    draw = Draw("labels", seed, number)
     fresh = [change(t, Draw("fresh", t.text)) for t in draw.order(reference, n)]
     pairs = [Pair(t.text, t.triage.to_json()) for t in fresh]
-    teach(model, tokenizer, (pairs * -(-passes // n))[: max(passes, n)], rate=1e-3)
+    teach(model, tokenizer, (pairs * -(-passes // n))[: max(passes, n)], rate=learning_rate)
     return triage.score(triage.answers(model, tokenizer, tests), tests).exact
 
 
@@ -2397,8 +2436,9 @@ curves: dict[str, dict[int, tuple[float, float, float]]] = {}
 for name, change in (("a new policy", new_policy), ("product codes", coded)):
     tests = kinds[name]
     curves[name] = {}
-    for n in label_counts:
-        gained = [retrained(change, n, k, tests).astype(float) - right[name] for k in range(repeats)]
+    for n in label_counts if change is new_policy else label_counts[-2:]:
+        draws = range(repeats if change is new_policy else 1)
+        gained = [retrained(change, n, k, tests).astype(float) - right[name] for k in draws]
         values = np.mean(gained, axis=0).reshape(-1, EACH).mean(axis=1)  # one value a customer
         drawn = np.random.default_rng(seed).choice(values, (2_000, len(values))).mean(axis=1)
         low, high = np.quantile(drawn, (0.025, 0.975))
@@ -2444,10 +2484,9 @@ card.record("chosen", chosen, format="d", label="labels to retrain with, new pol
 card.record("worth", worth, low=min(worth, decide({n: low for n, (_, low, _) in curves["a new policy"].items()}, terms)[1]), high=max(worth, decide({n: high for n, (_, _, high) in curves["a new policy"].items()}, terms)[1]), format=",.0f", unit="euros", tolerance=300, label="expected value of that")  # fmt: skip
 card.record("chosen_codes", chosen_codes, format="d", label="labels to retrain with, product codes")
 for key, name in (("policy", "a new policy"), ("codes", "product codes")):
-    for n in (label_counts[0], label_counts[-1]):
-        mean, low, high = curves[name][n]
-        size = "few" if n == label_counts[0] else "most"
-        if len(label_counts) > 1 or size == "few":
+    for n, (mean, low, high) in curves[name].items():
+        if n in (label_counts[0], label_counts[-1]):
+            size = "few" if n < label_counts[-1] else "most"
             card.record(f"{key}_gain_{size}", 100 * mean, low=100 * low, high=100 * high, format=".0f", unit="points", tolerance=4, label=f"gain, {name}, {n} labels")  # fmt: skip
 card.record("passes", passes, format="d", label="examples seen in a retraining")
 
