@@ -22,7 +22,7 @@
 model_id = "shipped"  # "shipped", or a causal language model with a chat template, which then gets adapters taught now
 device = "cpu"  # "cpu", "cuda" or "mps"
 customers = 48  # of the service, each a company with its own products; quick: 6
-days = 2_000  # clean days to calibrate on, and as many to count false alarms; quick: 50
+days = 4_000  # clean days to calibrate on, and as many to count false alarms; quick: 50
 drifted_days = 400  # of each kind of drift; quick: 5
 label_counts = (4, 16, 64)  # fresh labels to retrain with; quick: (4,)
 passes = 256  # examples seen in a retraining; quick: 16
@@ -522,6 +522,13 @@ def tree(spans: Iterable, parent: bytes = b"", depth: int = 0) -> None:
         tree(spans, span.span_id, depth + 1)
 
 
+def measured_ask(text: str) -> tuple[str, int]:
+    """The same, with the reply's length in the histogram."""
+    reply, length = ask(text)
+    tokens.observe(length)
+    return reply, length
+
+
 registry, queue = CollectorRegistry(), queues.Queue()
 session = requests.Session()
 session.trust_env = False  # no proxy between this process and itself
@@ -534,7 +541,7 @@ with serving(collector) as gathering:
         inject(headers)
         httpx.post(f"{service.url}/tickets", json={"text": shop.tickets(1)[0].text}, headers=headers, trust_env=False)
     while not queue.empty():
-        done = work(provider.get_tracer("worker"), queue.get(), ask)
+        done = work(provider.get_tracer("worker"), queue.get(), measured_ask)
         outcomes.labels("ok" if done else "unparsed").inc()
     provider.shutdown()
 print(
@@ -969,7 +976,7 @@ if shutil.which("prometheus") and shutil.which("promtool"):
         server, url = running_prometheus(folder, "")
         worst = 0.0
         with server:
-            for second in (300, 1_234, 2_467, 2_500, 3_600, 5_400, 7_200):
+            for second in (300, 1_240, 2_467, 2_500, 3_600, 5_400, 7_200):
                 for mine, query in (
                     (
                         grown("output_tokens_total", ["r3"], second, 300),
@@ -1715,7 +1722,7 @@ scale = (n + m) / (n * m)
 density = chi2.pdf(grid / scale, 9) / scale
 ax.hist(np.minimum(psi_clean, 1.6), bins=60, range=(0, 1.6), density=True, color=COLOURS.before, alpha=0.4)
 ax.plot(grid, density, color=COLOURS.truth)
-direct_label(ax, 0.37, 3.0, "chi-square, scaled", COLOURS.truth)
+direct_label(ax, 0.24, 3.6, "chi-square, scaled", COLOURS.truth)
 for x, text in ((0.25, "rule: 0.25"), (limit, "chi-square, 1 %"), (np.quantile(psi_clean, 0.99), "1 % of days")):
     ax.axvline(x, color=COLOURS.wrong, lw=1.5, ls="--")
     ax.annotate(text, (x, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points",
@@ -2018,10 +2025,12 @@ rows_all = np.arange(lengths.size).reshape(customers, -1)
 writing = {
     who: m // who for who in (3, 4, 6, 8, 12, 16, 24, 48) if who <= customers
 }  # customers a day: tickets of each
-by_number = {
+by_number = {PER_DAY: naive} | {
     who: share(p_values(day_scores(stream, draw_days(days // 2, rows_all, rng, who=who, each=each)), shuffled) <= 0.01)
     for who, each in writing.items()
+    if who != PER_DAY
 }
+by_number = dict(sorted(by_number.items()))
 fig, ax = plt.subplots(figsize=(7.4, 3.6))
 mean, low, high = (np.array(part) for part in zip(*by_number.values(), strict=True))
 intervals(ax, [*by_number], mean, low, high, COLOURS.before)
@@ -2029,10 +2038,10 @@ ax.plot([*by_number], mean, color=COLOURS.before)
 ax.axhline(0.01, color=COLOURS.truth, ls="--", lw=1.5)
 ax.plot(PER_DAY, alarm_false[0], "D", ms=8, color=COLOURS.after)
 direct_label(ax, 6, mean[2], "tickets shuffled", COLOURS.before, offset=(10, 8))
-direct_label(ax, PER_DAY, alarm_false[0], "calibrated on days", COLOURS.after, offset=(10, -2))
+direct_label(ax, PER_DAY, alarm_false[0], "calibrated on days", COLOURS.after, offset=(10, -13))
 direct_label(ax, 30, 0.01, "1 %", COLOURS.truth, offset=(0, 5))
 ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-ax.set(xscale="log", xlabel="customers that share the 48 tickets of a day", ylabel="clean days with an alarm",
+ax.set(xscale="log", xlabel="customers that share the 48 tickets of a day", ylabel="clean days with an alarm", ylim=(-0.012, None),
        xticks=[*by_number], xticklabels=[*by_number], title="A test at 1 %, on days on which nothing changed")  # fmt: skip
 ax.minorticks_off()
 plt.show()
@@ -2146,6 +2155,9 @@ frame = pd.DataFrame(
 shown = [column for column in frame if column != "what happens"]
 display(frame.style.hide(axis="index").format("{:.0%}", subset=shown).set_caption("share of days with an alarm"))
 print(f"any of the three alarms on {any_false:.1%} of clean days")
+card.record(
+    "any_false", any_false, format=".1%", tolerance=0.005, label="clean days on which any of three monitors alarms"
+)
 
 fig, ax = plt.subplots(figsize=(8.2, 4.4))
 for name in kinds:
@@ -2154,6 +2166,7 @@ for name in kinds:
     colour = COLOURS.before if abs(loss) < 0.05 else COLOURS.wrong
     ax.errorbar(loss, mean, yerr=[[mean - low], [high - mean]], fmt="o", ms=7, color=colour)
 places = {"nothing": (8, 6), "other customers": (8, 20), "a port's tickets": (8, 34)}
+places["a quoted mail"] = (6, -18)
 for name in kinds:
     loss = exact["nothing"][0] - exact[name][0]
     left = loss > 0.6
@@ -2167,7 +2180,7 @@ plt.show()
 
 card.record("level", LEVEL, format=".1%", label="level of each monitor")
 for key, name in (("none", "nothing"), ("lower", "lower case"), ("codes", "product codes"), ("quote", "a quoted mail"),
-                  ("policy", "a new policy"), ("footer", "a footer"), ("mix", "only deliveries"), ("typos", "typos")):  # fmt: skip
+                  ("policy", "a new policy"), ("footer", "a footer"), ("port", "a port's tickets"), ("mix", "only deliveries"), ("typos", "typos")):  # fmt: skip
     mean, low, high = exact[name]
     card.record(f"{key}_exact", mean, low=low, high=high, format=".0%", tolerance=0.03, label=f"exact match, {name}")
     mean, low, high = power[name]["embedding"]
@@ -2180,7 +2193,7 @@ for key, name in (("lower", "lower case"), ("policy", "a new policy"), ("typos",
 # The figure is the argument against equating drift with harm. Its axes hardly agree:
 #
 # - **Seen and harmful**: product codes ({{codes_exact}} right) and quoted mails ({{quote_exact}}). This is what drift detection is sold for.
-# - **Seen and harmless**: a footer ({{footer_seen}} of days, {{footer_exact}} right), or a week in which everybody writes about deliveries ({{mix_seen}}, {{mix_exact}}). A retraining here would cost money and bring nothing. A whole new domain, a port's ships in place of products, is neither seen nor harmful.
+# - **Seen and harmless**: a footer ({{footer_seen}} of days, {{footer_exact}} right), or a week in which everybody writes about deliveries ({{mix_seen}}, {{mix_exact}}). A retraining here would cost money and bring nothing. A whole new domain, a port's ships in place of products, is hardly seen ({{port_seen}}) and hardly harmful ({{port_exact}}).
 # - **Harmful and not seen**: a new policy, {{policy_exact}} right. The tickets are the same to the letter, so *no* monitor of inputs can see it, whatever its kernel. Only labels can: {{policy_labels}} of days, five days late.
 # - **Harmful and not seen, for another reason**: lower case. Somebody upstream "normalised" the text; exact match falls to {{lower_exact}}, since names must be copied as they are written. MiniLM's tokenizer lower-cases, so to it *nothing has changed*. A monitor is blind to what its features throw away, and you find out which by breaking things on purpose, as here. Labels see it on {{lower_labels}} of days; so would the share of capital letters.
 #
@@ -2188,7 +2201,7 @@ for key, name in (("lower", "lower case"), ("policy", "a new policy"), ("typos",
 #
 # ## Rare false alarms or quick detection
 #
-# A daily alarm at level $\alpha$ that looks at independent days has a mean time of $1/\alpha$ days to a false alarm (its *average run length*), and $1/\text{power}$ days to detection. Twenty monitors at 1 % give a false alarm every fifth day or so; a level is a budget to be divided among monitors. For a weak and lasting drift there is a better deal: add up evidence. Below, the mean score of the last five days against one day's score, on simulated streams that draw from the days above.
+# A daily alarm at level $\alpha$ that looks at independent days has a mean time of $1/\alpha$ days to a false alarm (its *average run length*), and $1/\text{power}$ days to detection. The three monitors above, each at {{level}}, alarm together on {{any_false}} of clean days; twenty at 1 % give a false alarm every fifth day or so. A level is a budget to be divided among monitors. For a weak and lasting drift there is a better deal: add up evidence. Below, the mean score of the last five days against one day's score, on simulated streams that draw from the days above: the footer on every ticket, and on one in four, as when an app is rolled out step by step.
 
 
 # %%
@@ -2206,6 +2219,13 @@ def run_lengths(width: int, limits: np.ndarray, drifted: np.ndarray | None, leng
     return np.array(found)
 
 
+footed, plain = (embedded[tuple(t.text for t in kinds[name])] for name in ("a footer", "nothing"))
+rows = draw_days(drifted_days, grid_rows, np.random.default_rng(seed + 4))
+quarter = np.where(np.random.default_rng(seed + 5).random(rows.shape) < 0.25, rows + len(plain), rows)
+slow = {
+    "footer on all": drift_scores["a footer"],
+    "footer on 1 in 4": day_scores(np.concatenate([plain, footed]), quarter),
+}
 runs, horizon = min(days, 400), 4_000 if days >= 1_000 else 50
 fig, ax = plt.subplots(figsize=(7.6, 4.0))
 marks: dict[tuple[str, int], float] = {}
@@ -2215,20 +2235,24 @@ for width, style in ((1, "--"), (5, "-")):
     )
     limits = np.quantile(means, 1 - np.geomspace(0.2, 0.0015, 12))
     to_false = run_lengths(width, limits, None, horizon, runs)
-    for name, colour in (("typos", COLOURS.wrong), ("a footer", COLOURS.other)):
-        delay = run_lengths(width, limits, drift_scores[name], horizon, 2_000)
+    for name, colour in (("footer on 1 in 4", COLOURS.wrong), ("footer on all", COLOURS.other)):
+        delay = run_lengths(width, limits, slow[name], horizon, 2_000)
         ax.plot(to_false, delay, ls=style, color=colour, label=f"{name}, {'one day' if width == 1 else 'mean of 5'}")
         marks[name, width] = float(np.interp(200, to_false, delay))
 ax.set(xscale="log", yscale="log", xlabel="days to a false alarm (mean)", ylabel="days to detection (mean)",
        title="What a false alarm less costs")  # fmt: skip
+for axis in (ax.xaxis, ax.yaxis):
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+ax.set_yticks([1, 2, 5, 10, 20, 50])
 label_lines(ax)
 plt.show()
-for name, key in (("typos", "typos"), ("a footer", "footer")):
+for name, key in (("footer on 1 in 4", "quarter"), ("footer on all", "footer")):
     for width in (1, 5):
         card.record(f"{key}_delay_{width}", marks[name, width], format=".1f", unit="days", tolerance=0.5, label=f"days to detect {name}, {width}-day score, one false alarm in 200 days")  # fmt: skip
 
 # %% [markdown]
-# At one false alarm in 200 days, typos are found after {{typos_delay_1}} by single days and after {{typos_delay_5}} by the mean of five; the footer after {{footer_delay_1}} and {{footer_delay_5}}. Where a single day nearly always suffices, five cannot be better. CUSUM (Page, 1954) does this with a memory that adapts; the two axes are the ones on which to compare any detector.
+# At one false alarm in 200 days, a footer on one ticket in four is found after {{quarter_delay_1}} by single days and after {{quarter_delay_5}} by the mean of five; a footer on all tickets after {{footer_delay_1}} and {{footer_delay_5}}. Where a single day nearly always suffices, four clean days in the mean only slow it down. So which detector is better depends on the drift that you fear. CUSUM (Page, 1954) does this with a memory that adapts; the two axes are the ones on which to compare any detector.
 
 
 # %%
@@ -2284,10 +2308,10 @@ def decide(gains: Mapping[int, float], terms: Terms) -> tuple[int, float]:
 base = Terms(label=1, training=10, wrong=2, tickets=50, labels_a_day=4, ends=0.5, horizon=4)
 got = decide({4: 0.5}, base)
 assert len(got) == 2, f"Return (n, value); yours is {got}"
-assert abs(got[1] - 36) > 1e-9, (
+assert abs(got[1] - 86) > 1e-9, (
     "The drift may end: day t counts with the probability (1 - ends) ** t that it is still there"
 )
-assert abs(got[1] - (50 * 0.9375 - 14)) > 1e-9, (
+assert abs(got[1] - 79.75) > 1e-9, (
     "Labelling and release take days: the adapter serves from day d on, not from day 0"
 )
 assert got[0] == 4, f"With the example of the statement: (4, 4.75); yours is {got}"
@@ -2340,8 +2364,7 @@ def decide(gains, terms):
     options = {0: 0.0}
     for n, gain in gains.items():
         days_left = max(0, terms.horizon - math.ceil(n / terms.labels_a_day) - 1)
-        options[n] = gain * terms.tickets * terms.wrong * days_left / 2 * 1.0 - n * terms.label - terms.training
-        options[n] += gain * terms.tickets * terms.wrong * days_left / 2
+        options[n] = gain * terms.tickets * terms.wrong * days_left - n * terms.label - terms.training
     best = max(sorted(options), key=options.get)
     return best, options[best]
 
@@ -2417,7 +2440,10 @@ def decide(gains, terms):
 # How much do $n$ labels gain? Measured: the adapter is trained on from where it is, on $n$ freshly labelled tickets, over and over until it has seen {{passes}} examples, and tested on tickets of the same customers. For two of the drifts: the policy (twice, with other labels), and the product codes.
 
 # %%
-start = {key: value.clone() for key, value in get_peft_model_state_dict(model, adapter_name="triage").items()}
+start = {
+    key: value.clone()
+    for key, value in get_peft_model_state_dict(model, adapter_name="triage", save_embedding_layers=False).items()
+}
 for name, weight in model.named_parameters():
     weight.requires_grad_(".triage." in name and "lora_" in name)
 
@@ -2464,7 +2490,7 @@ for name, colour in (("a new policy", COLOURS.after), ("product codes", COLOURS.
     mean, low, high = (100 * np.array(part) for part in zip(*curves[name].values(), strict=True))
     axes[0].errorbar(x, mean, yerr=[mean - low, high - mean], fmt="o-", capsize=3, color=colour, label=name)
 axes[0].set(xscale="log", xlabel="fresh labels", ylabel="exact match gained (points)", title="What labels gain",
-            xticks=x, xticklabels=x)  # fmt: skip
+            xticks=label_counts, xticklabels=label_counts)  # fmt: skip
 axes[0].minorticks_off()
 axes[0].legend(loc="center right")
 shades = ["#e3e3e1", "#9cc3e8", "#4f95d6", "#0067c2"]
@@ -2473,15 +2499,18 @@ for place, level in enumerate(levels):
     axes[1].scatter(stays[columns], volumes[rows], marker="s", s=32, color=shades[min(place, 3)],
                     label="leave it" if level == 0 else f"{level} labels")  # fmt: skip
 axes[1].plot(1 / terms.ends, terms.tickets, marker="*", ms=14, color=COLOURS.truth)
-axes[1].set(xscale="log", yscale="log", xlabel="days that the drift lasts (mean)", ylabel="tickets a day",
+axes[1].set(xscale="log", yscale="log", xticks=(2, 5, 10, 20, 50), yticks=(5, 20, 100, 400), xlabel="days that the drift lasts (mean)", ylabel="tickets a day",
             title="Best decision, new policy")  # fmt: skip
+for axis in (axes[1].xaxis, axes[1].yaxis):
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
 chosen, worth = decide(policy_gains, terms)
 chosen_codes, _ = decide(gains["product codes"], terms)
 card.record("chosen", chosen, format="d", label="labels to retrain with, new policy")
-card.record("worth", worth, low=min(worth, decide({n: low for n, (_, low, _) in curves["a new policy"].items()}, terms)[1]), high=max(worth, decide({n: high for n, (_, _, high) in curves["a new policy"].items()}, terms)[1]), format=",.0f", unit="euros", tolerance=300, label="expected value of that")  # fmt: skip
+card.record("worth", worth, low=min(worth, decide({n: low for n, (_, low, _) in curves["a new policy"].items()}, terms)[1]), high=max(worth, decide({n: high for n, (_, _, high) in curves["a new policy"].items()}, terms)[1]), format=",.0f", unit="euros", tolerance=600, label="expected value of that")  # fmt: skip
 card.record("chosen_codes", chosen_codes, format="d", label="labels to retrain with, product codes")
 for key, name in (("policy", "a new policy"), ("codes", "product codes")):
     for n, (mean, low, high) in curves[name].items():
