@@ -7,7 +7,7 @@ more, there. No clock and no model is involved: a seed gives the same bundle on 
 Times are seconds since the beginning.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
@@ -250,9 +250,9 @@ def objection(of: Bundle, **answer: object) -> str:
 def _cause(value: object) -> str:
     if value == "skew":
         return ""
-    if value not in CAUSES:
+    if not isinstance(value, str) or value not in CAUSES:
         return f"cause is one of the keys of incident.CAUSES, {', '.join(CAUSES)}; not {value!r}"
-    return f"{value}: {_AGAINST[str(value)]}"
+    return f"{value}: {_AGAINST[value]}"
 
 
 def _replica(value: object) -> str:
@@ -302,9 +302,10 @@ def _share(value: object, known: dict[str, float]) -> str:
 
 
 def _tenants(value: object, right: set[str]) -> str:
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
+    names = [None] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    if not all(isinstance(name, str) for name in names):
         return f"tenants is a list or set of names; not {value!r}"
-    named = set(value)
+    named = set(names)
     if named == right:
         return ""
     if named == {NEW_TENANT}:
@@ -316,4 +317,5 @@ def _tenants(value: object, right: set[str]) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    """Whether it is a finite number."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(np.isfinite(value))

@@ -160,34 +160,44 @@ def work(tracer: Tracer, message: Mapping, generate: Callable[[str], tuple[str, 
 GOOD = Triage("Norix", "billing", "high", "refund")
 
 
+class Wire(queues.Queue):
+    """A queue between processes: what is put on it is written as JSON at that moment."""
+
+    def _put(self, item: object) -> None:
+        super()._put(json.dumps(item))
+
+
 def traced(reply: str, ticket: str = "The Norix, s3cret, broke.", *, keep: bool = True) -> tuple[object, dict]:
     """Accept here, work in a fresh thread under a span of its own, and return the result and the spans by name."""
     tracer, memory = new_tracer()
-    queue: queues.Queue = queues.Queue()
-    accept(tracer, queue, ticket)
-    assert queue.qsize() == 1, f"accept puts one message on the queue; yours put {queue.qsize()}"
-    message = queue.get()
+    queue = Wire()
     try:
-        message = json.loads(json.dumps(message))
+        accept(tracer, queue, ticket)
     except TypeError as error:
         raise AssertionError(
-            f"A queue carries bytes between processes, and your message cannot be written as JSON ({error}): put headers "
-            "made by inject into it, not a span or a context"
+            f"A queue carries bytes between processes, and accept raised TypeError ({error}): put a dictionary of texts "
+            "with headers made by inject on it, not a span or a context"
         ) from error
+    assert queue.qsize() == 1, f"accept puts one message on the queue; yours put {queue.qsize()}"
+    message = json.loads(queue.get())
     assert message.get("ticket") == ticket, f"The message holds the ticket; yours is {message}"
     if not keep:
         message["headers"] = {}
     else:
         assert message.get("headers"), (
             "The headers are empty, so the request will fall into two traces: call inject(headers) inside the with block, "
-            "where the accept span is current"
+            "where the accept span is current, and before the message is put on the queue"
         )
     found: list[object] = []
+
+    def answer(text: str) -> tuple[str, int]:
+        called.append(time.time_ns())
+        return reply, 31
 
     def elsewhere() -> None:
         with tracer.start_as_current_span("poll"):
             try:
-                found.append(work(tracer, message, lambda text: (reply, 31)))
+                found.append(work(tracer, message, answer))
             except Exception as error:
                 found.append(error)
 
@@ -195,6 +205,9 @@ def traced(reply: str, ticket: str = "The Norix, s3cret, broke.", *, keep: bool 
     thread.start()
     thread.join()
     return found[0], {span.name: span for span in memory.get_finished_spans()}
+
+
+called: list[int] = []
 
 
 got, spans = traced(GOOD.to_json())
@@ -221,9 +234,12 @@ for name in ("generate", "parse"):
         f"{name} is not a child of triage: open it inside triage's block (start_as_current_span makes a span current, "
         "start_span does not), and after the other one has ended"
     )
-assert dict(spans["generate"].attributes) | {} == {"gen_ai.usage.output_tokens": 31}, (
+assert dict(spans["generate"].attributes) == {"gen_ai.usage.output_tokens": 31}, (
     "generate has one attribute, gen_ai.usage.output_tokens = 31, set before the span ends; yours has "
     f"{dict(spans['generate'].attributes)}"
+)
+assert spans["generate"].start_time <= called[-1] <= spans["generate"].end_time, (
+    "generate was called before its span began or after it had ended, so its duration says nothing: call it inside the block"
 )
 told = [name for name, span in spans.items() if "s3cret" in str(dict(span.attributes or {}))]
 assert not told, f"The ticket's text stands in an attribute of {told}: more people read traces than tickets"
@@ -285,6 +301,38 @@ def accept(tracer, queue, ticket):
 def work(tracer, message, generate):
     with tracer.start_as_current_span("triage", context=extract(message["headers"])):
         return Triage.parse(generate(message["ticket"])[0])
+
+
+# %% mistake="injects after the put" of="carry-context" says="before the message is put on the queue"
+def accept(tracer, queue, ticket):
+    with tracer.start_as_current_span("accept"):
+        message = {"ticket": ticket, "headers": {}}
+        queue.put(message)
+        inject(message["headers"])
+
+
+def work(tracer, message, generate):
+    with tracer.start_as_current_span("triage", context=extract(message["headers"])):
+        return Triage.parse(generate(message["ticket"])[0])
+
+
+# %% mistake="a span around nothing" of="carry-context" says="so its duration says nothing"
+def accept(tracer, queue, ticket):
+    with tracer.start_as_current_span("accept"):
+        message = {"ticket": ticket, "headers": {}}
+        inject(message["headers"])
+        queue.put(message)
+
+
+def work(tracer, message, generate):
+    reply, tokens = generate(message["ticket"])
+    with tracer.start_as_current_span("triage", context=extract(message["headers"])):
+        tracer.start_span("generate", attributes={"gen_ai.usage.output_tokens": tokens}).end()
+        try:
+            with tracer.start_as_current_span("parse"):
+                return Triage.parse(reply)
+        except ValueError:
+            return None
 
 
 # %% mistake="sends the span" of="carry-context" says="A queue carries bytes"
@@ -1496,10 +1544,13 @@ wide = psi(rng.normal(0, 1, 5000), rng.normal(0, 1, 5000) * 1.0 + 20)
 assert wide > 5, (
     f"A batch outside the reference's range has drifted as far as it can: the outermost bins are open; yours is {wide:.2f}"
 )
-tied = psi([1, 1, 1, 1, 2, 3], [1, 2, 3, 3], bins=3)
-want = (0.25 - 4 / 6) * math.log(0.25 / (4 / 6)) + (0.75 - 2 / 6) * math.log(0.75 / (2 / 6))
 skew = psi([1, 1, 1, 2, 3, 9], [1, 2, 3, 9], bins=3)
+want = (0.5 - 4 / 6) * math.log(0.5 / (4 / 6)) + (0.5 - 2 / 6) * math.log(0.5 / (2 / 6))
 assert np.isfinite(skew), f"Equal quantiles are one edge; yours gives {skew}"
+assert abs(skew - want) < 1e-9, (
+    "One third of the reference is its smallest value, 1, and such a quantile is no edge: only those strictly between the "
+    f"smallest and the largest value count, here 2.33; {want:.4f}, yours is {skew:.4f}"
+)
 assert psi(hundred, hundred) < 1e-9, "The reference against itself is 0: take the edges from the reference, once"
 ### BEGIN HIDDEN TESTS
 _rng = np.random.default_rng(7)
@@ -1610,6 +1661,21 @@ predicted_rule = 0.5
 
 def psi(reference, batch, bins=10, floor=1e-4):
     inner = np.unique(np.quantile(np.concatenate([reference, batch]), np.arange(1, bins) / bins)) + 5
+    p, q = (np.bincount(np.searchsorted(inner, x), minlength=len(inner) + 1) / len(x) for x in (reference, batch))
+    p, q = np.maximum(p, floor), np.maximum(q, floor)
+    return float(np.sum((q - p) * np.log(q / p)))
+
+
+def psi_limit(n, m, bins, alarm):
+    return chi2.ppf(1 - alarm, bins - 1) * (1 / n + 1 / m)
+
+
+# %% mistake="an edge at the smallest value" of="psi" says="such a quantile is no edge"
+predicted_rule = 0.5
+
+
+def psi(reference, batch, bins=10, floor=1e-4):
+    inner = np.unique(np.quantile(reference, np.arange(1, bins) / bins))
     p, q = (np.bincount(np.searchsorted(inner, x), minlength=len(inner) + 1) / len(x) for x in (reference, batch))
     p, q = np.maximum(p, floor), np.maximum(q, floor)
     return float(np.sum((q - p) * np.log(q / p)))
@@ -2311,9 +2377,7 @@ assert len(got) == 2, f"Return (n, value); yours is {got}"
 assert abs(got[1] - 86) > 1e-9, (
     "The drift may end: day t counts with the probability (1 - ends) ** t that it is still there"
 )
-assert abs(got[1] - 79.75) > 1e-9, (
-    "Labelling and release take days: the adapter serves from day d on, not from day 0"
-)
+assert abs(got[1] - 79.75) > 1e-9, "Labelling and release take days: the adapter serves from day d on, not from day 0"
 assert got[0] == 4, f"With the example of the statement: (4, 4.75); yours is {got}"
 assert abs(got[1] - 4.75) < 1e-9, (
     f"With the example of the statement the value is 4.75: days 2 and 3 of horizon 4, labels and training paid; yours is {got[1]}"
