@@ -180,6 +180,9 @@ def traced(reply: str, ticket: str = "The Norix, s3cret, broke.", *, keep: bool 
         ) from error
     assert queue.qsize() == 1, f"accept puts one message on the queue; yours put {queue.qsize()}"
     message = json.loads(queue.get())
+    assert isinstance(message, dict), (
+        f"The message is a dictionary with the ticket and the headers; yours is {message!r}"
+    )
     assert message.get("ticket") == ticket, f"The message holds the ticket; yours is {message}"
     if not keep:
         message["headers"] = {}
@@ -285,6 +288,11 @@ except ValueError as _error:
     _raised = str(_error)
 assert _raised == "out of memory", (
     "Only what Triage.parse raises is caught: a ValueError of generate is a failure of the service, let it out"
+)
+_got, _spans = traced(None)
+assert isinstance(_got, TypeError), (
+    "Only a ValueError of Triage.parse is caught: a reply that is no text is a bug, and its TypeError goes to the caller; "
+    f"yours returned {_got!r}"
 )
 assert {_span.name for _span in _memory.get_finished_spans()} >= {"triage", "generate"}, "All spans end, also then"
 ### END HIDDEN TESTS
@@ -488,6 +496,26 @@ def work(tracer, message, generate):
         return found
 
 
+# %% mistake="catches too much" of="carry-context" says="a reply that is no text is a bug"
+def accept(tracer, queue, ticket):
+    with tracer.start_as_current_span("accept"):
+        message = {"ticket": ticket, "headers": {}}
+        inject(message["headers"])
+        queue.put(message)
+
+
+def work(tracer, message, generate):
+    with tracer.start_as_current_span("triage", context=extract(message["headers"])):
+        with tracer.start_as_current_span("generate") as span:
+            reply, tokens = generate(message["ticket"])
+            span.set_attribute("gen_ai.usage.output_tokens", tokens)
+        try:
+            with tracer.start_as_current_span("parse"):
+                return Triage.parse(reply)
+        except Exception:
+            return None
+
+
 # %% alternative="contexts by hand" of="carry-context"
 def accept(tracer, queue, ticket):
     from opentelemetry.trace import set_span_in_context
@@ -685,6 +713,15 @@ assert abs(inc - 30) < 1e-9, (
     "Growth is carried on to the window's end only if that is nearer than 1.1 gaps, else by half a gap: here the samples may "
     f"have begun late, 20 * (20 + 5 + 5) / 20 = 30; yours is {inc}"
 )
+inc = increase([100, 110, 120], [50, 60, 70], 89.5, 120)
+assert abs(inc - 30.5) < 1e-9, (
+    "The first sample is 10.5 s from the window's start and the gap is 10 s: that is nearer than 1.1 gaps, so the growth is "
+    f"carried on all the way, 20 * 30.5 / 20; yours is {inc}"
+)
+inc = increase([100, 110, 120], [50, 60, 70], 100, 135)
+assert abs(inc - 25) < 1e-9, (
+    f"15 s after the last sample are more than 1.1 gaps of 10 s: half a gap, so 25; yours is {inc}"
+)
 inc = increase([10, 20, 30], [1, 11, 21], 0, 30)
 assert abs(inc - 21) < 1e-9, (
     f"A counter cannot have been below zero: it stood at 0 one second before the first sample, so 21; yours is {inc}"
@@ -692,7 +729,11 @@ assert abs(inc - 21) < 1e-9, (
 assert math.isnan(increase([10], [3], 0, 20)), "One sample says nothing about growth: nan"
 ### BEGIN HIDDEN TESTS
 assert math.isnan(increase([], [], 0, 20)), "No sample: nan"
-assert increase([10, 20], [4, 4], 5, 25) == 0, "A counter that stands still has an increase of 0"
+try:
+    _still = increase([10, 20], [4, 4], 5, 25)
+except ZeroDivisionError as _error:
+    raise AssertionError("A counter that stands still: step 3 holds only if raw > 0; you divide by raw = 0") from _error
+assert _still == 0, f"A counter that stands still has an increase of 0; yours is {_still}"
 assert increase([10, 20], [0, 0], 5, 25) == 0, "A counter at 0 that stands still has an increase of 0"
 assert abs(increase([10, 20], [0, 8], 5, 25) - 12) < 1e-9, "A counter that was 0 at its first sample began there"
 _rng = np.random.default_rng(3)
@@ -790,6 +831,25 @@ def increase(times, values, start, end):
         return math.nan
     steps = [after - before if after >= before else after for before, after in pairwise(values)]
     return sum(steps) / (times[-1] - times[0]) * (end - start)
+
+
+def histogram_quantile(q, bounds, counts):
+    return 1.0
+
+
+# %% mistake="one gap is the limit" of="promql" says="that is nearer than 1.1 gaps"
+predicted_series = 100
+
+
+def increase(times, values, start, end):
+    if len(times) < 2:
+        return math.nan
+    raw = sum(after - before if after >= before else after for before, after in pairwise(values))
+    covered = times[-1] - times[0]
+    gap = covered / (len(times) - 1)
+    left, right = (side if side <= gap else gap / 2 for side in (times[0] - start, end - times[-1]))
+    left = min(left, covered * values[0] / raw) if raw else left
+    return raw * (covered + left + right) / covered
 
 
 def histogram_quantile(q, bounds, counts):
@@ -2436,6 +2496,10 @@ assert tuple(short) == (0, 0.0), f"Labels that come after the horizon save nothi
 ### BEGIN HIDDEN TESTS
 assert tuple(decide({}, base)) == (0, 0.0), "Without an option: leave it"
 assert tuple(decide({4: -0.2}, replace(base, training=0, label=0))) == (0, 0.0), "A retraining that harms is left"
+_late = decide({400: -0.5}, Terms(0, 0, 2, 50, 4, 0.0, 5))
+assert tuple(_late) == (0, 0.0), (
+    f"After the horizon there are no days, not a negative number of them; (0, 0.0), yours is {_late}"
+)
 _sure = decide({4: 1.0}, replace(base, ends=1.0))
 assert tuple(_sure) == (0, 0.0), "A drift that is gone tomorrow is left alone"
 ### END HIDDEN TESTS
@@ -2499,6 +2563,17 @@ def decide(gains, terms):
         useful = sum((1 - terms.ends) ** t for t in range(first, terms.horizon))
         options[n] = gain * terms.tickets * terms.wrong * useful - n * terms.label - terms.training
     best = max(options, key=options.get)
+    return best, options[best]
+
+
+# %% mistake="negative days" of="retrain" says="not a negative number of them"
+def decide(gains, terms):
+    options = {0: 0.0}
+    for n, gain in gains.items():
+        first, stay = math.ceil(n / terms.labels_a_day) + 1, 1 - terms.ends
+        useful = (stay**first - stay**terms.horizon) / terms.ends if terms.ends else terms.horizon - first
+        options[n] = gain * terms.tickets * terms.wrong * useful - n * terms.label - terms.training
+    best = max(sorted(options), key=options.get)
     return best, options[best]
 
 
