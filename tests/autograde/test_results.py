@@ -49,6 +49,8 @@ def test_agreement_is_the_interval_widened_by_the_tolerance() -> None:
     exact = Result(3, "d")
     assert exact.agrees(3)
     assert not exact.agrees(3.0001)
+    assert exact.agrees(3.000002)  # float32 on another processor
+    assert not exact.agrees(3.000004)
     measured = Result(0.9, ".2f", low=0.85, high=0.95, tolerance=0.01)
     assert measured.agrees(0.841)
     assert measured.agrees(0.959)
