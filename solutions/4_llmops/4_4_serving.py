@@ -3824,8 +3824,8 @@ marks = (
 for place, ((label, marker, colour), values) in enumerate(zip(marks, np.array(points).T, strict=True)):
     ax.plot(np.arange(3) + 0.12 * (place - 1), values, marker, color=colour, ms=8, label=label)
 ax.set(
-    yscale="log",
     xlim=(-0.5, 2.5),
+    ylim=(0, 1.15 * np.max(points)),
     xlabel="limit of the batch",
     ylabel="95th percentile, s",
     title=f"{load_requests} requests at {load:.0f} a second, on this machine",
