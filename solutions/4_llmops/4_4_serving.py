@@ -23,7 +23,9 @@ companies = 4  # whose tickets, questions and tasks are asked; quick: 1
 horizon = 10_000  # requests of one simulated run; quick: 600
 runs = 5  # simulated runs of a setting, each with arrivals of its own; quick: 2
 load_requests = 64  # sent to the real server for each setting; quick: 8
+trials = 3  # timings of a size of batch, before each load test; quick: 1
 locust_seconds = 4  # quick: 2
+clients = 60  # that ask a server which is then stopped; quick: 8
 
 # %%
 import asyncio
@@ -3766,7 +3768,7 @@ def from_table(sizes: Sequence[int], seconds: Sequence[float]) -> Callable[[int]
     return lambda b: float(np.interp(b, known, means))
 
 
-def time_batches(trials: int = 3) -> Callable[[int], float]:
+def time_batches(trials: int) -> Callable[[int], float]:
     """The service times of this machine, now."""
     sizes, seconds = [], []
     for trial in range(trials):
@@ -3779,12 +3781,12 @@ def time_batches(trials: int = 3) -> Callable[[int], float]:
     return from_table(sizes, seconds)
 
 
-before = time_batches()
+before = time_batches(trials)
 load = 2 / before(1)
 due = arrivals_at(load, load_requests, seed=3).tolist()
 table, points = [], []
 for limit in (1, 4, 16):
-    before = time_batches()
+    before = time_batches(trials)
     now_served = Assistant(limit, 0.0)
     with serving(application(now_served)) as server:
         report = load_report([load_test.open_loop(server.url, bodies(load_requests), due)])
@@ -3915,7 +3917,6 @@ async def work(item: int):
     seen["accepted"] += 1
     return {"item": await future}
 """
-CLIENTS = 60
 lines = linecache.getlines(Batcher.submit.__code__.co_filename)  # the source of your cell
 program = HEAD + "\n" + "".join(line for line in lines if not line.startswith("%")) + TAIL
 
@@ -3943,8 +3944,8 @@ def release(grace: float, room: int) -> Counter[str]:
                         right = answer.status_code == 200 and answer.json() == {"item": item}
                         return "answered" if right else f"refused with {answer.status_code}"
 
-                    tasks = [asyncio.create_task(one(item)) for item in range(CLIENTS)]
-                    while sum((await http.get("/seen")).json().values()) < CLIENTS:
+                    tasks = [asyncio.create_task(one(item)) for item in range(clients)]
+                    while sum((await http.get("/seen")).json().values()) < clients:
                         await asyncio.sleep(0.01)
                     stopping = asyncio.create_task(asyncio.to_thread(server.stop))
                     results = await asyncio.gather(*tasks)
@@ -3966,7 +3967,7 @@ settings = {
 }
 outcomes = {name: release(*setting) for name, setting in settings.items()}
 display(pd.DataFrame(outcomes).fillna(0).astype(int).T)
-predicted_loss = sum(np.asarray(simulate([0.0] * CLIENTS, lambda b: 0.3, 4, 0.0)[0]) > 3.0)
+predicted_loss = sum(np.asarray(simulate([0.0] * clients, lambda b: 0.3, 4, 0.0)[0]) > 3.0)
 print(f"lost with a grace of 3 s and no bound, by simulation: {predicted_loss}")
 lost = outcomes["grace 30 s, room unlimited"]["lost"] + outcomes["grace 3 s, room 16"]["lost"]
 card.record(
