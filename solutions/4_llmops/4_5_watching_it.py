@@ -918,7 +918,11 @@ first = histogram_quantile(0.25, [2.0, 4.0, math.inf], [10.0, 20.0, 20.0])
 assert abs(first - 1.0) < 1e-9, f"The first bucket begins at 0: rank 5 of 10 between 0 and 2 is 1; yours is {first}"
 last = histogram_quantile(0.99, bounds, [0.0, 6.0, 10.0, 20.0])
 assert last == 4.0, f"In the last bucket nothing is known but the largest finite bound, 4: yours is {last}"
-assert math.isnan(histogram_quantile(0.5, bounds, [0.0] * 4)), "Without observations a quantile is nan"
+try:
+    nothing = histogram_quantile(0.5, bounds, [0.0] * 4)
+except ZeroDivisionError as error:
+    raise AssertionError("Without observations a quantile is nan: ask for the total before you divide") from error
+assert math.isnan(nothing), f"Without observations a quantile is nan; yours is {nothing}"
 ### BEGIN HIDDEN TESTS
 assert abs(histogram_quantile(0.6, bounds, counts) - 2.0) < 1e-9, (
     "A rank equal to a cumulative count is that bucket's end"
@@ -1594,7 +1598,7 @@ clock = np.arange(10, length + 1, 2)
 
 fig, axes = plt.subplots(3, 1, figsize=(8.6, 5.6), sharex=True)
 axes[0].plot(clock, [quantile(0.99, incident.REPLICAS, 60 * m, 300) for m in clock], color=COLOURS.before)
-axes[0].set(title="The dashboard", ylabel="p99 (s)", yscale="log")
+axes[0].set(title="The dashboard", ylabel="p99 (s)", yscale="log", ylim=(2, 500))
 axes[1].plot(clock, [failed[m - 5 : m].sum() / total[m - 5 : m].sum() for m in clock], color=COLOURS.wrong)
 axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 axes[1].set(ylabel="requests\nthat fail")
@@ -1636,7 +1640,9 @@ example = requests_.assign(seconds=requests_.end - requests_.start).sort_values(
 rows = desk.spans[desk.spans.trace == example.trace]
 shown = rows.assign(seconds=rows.end - rows.start, self_seconds=rows.span.map(self_seconds(rows)))
 columns = ["name", "attempt", "replica", "seconds", "self_seconds", "adapter", "template", "output_tokens", "status"]
-display(shown[columns].style.hide(axis="index").format(precision=1, na_rep="").set_caption("the slowest request"))
+whole = dict.fromkeys(("attempt", "output_tokens"), "{:.0f}")
+formatted = shown[columns].style.format(precision=1, na_rep="").format(whole, na_rep="")
+display(formatted.hide(axis="index").set_caption("the slowest request"))
 display(
     pd.Series(incident.CAUSES, name="what somebody in the room says")
     .to_frame()
@@ -1812,7 +1818,7 @@ for ax in axes:
     ax.axvline(diagnosis["since"], color=COLOURS.truth, lw=1.5)
     ax.axvline(fired[0], color=COLOURS.wrong, lw=1.5, ls="--")
 direct_label(axes[1], diagnosis["since"], 50, f"it begins, {diagnosis['since']:.0f}", COLOURS.truth, offset=(-78, 0))
-direct_label(axes[1], fired[0], 70, f"the pager, {fired[0]}", COLOURS.wrong)
+direct_label(axes[1], fired[0], 45, f"the pager, {fired[0]}", COLOURS.wrong)
 label_lines(axes[0], gap=0.13)
 plt.show()
 
@@ -2270,7 +2276,7 @@ scale = (n + m) / (n * m)
 density = chi2.pdf(grid / scale, 9) / scale
 ax.hist(np.minimum(psi_clean, 1.6), bins=60, range=(0, 1.6), density=True, color=COLOURS.before, alpha=0.4)
 ax.plot(grid, density, color=COLOURS.truth)
-direct_label(ax, 0.27, 2.6, "chi-square,\nscaled", COLOURS.truth)
+direct_label(ax, 0.27, 2.6, "scaled\n$\\chi^2$", COLOURS.truth)
 for x, text in ((0.25, "rule: 0.25"), (limit, "chi-square, 1 %"), (np.quantile(psi_clean, 0.99), "1 % of days")):
     ax.axvline(x, color=COLOURS.wrong, lw=1.5, ls="--")
     ax.annotate(text, (x, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points",
@@ -2846,11 +2852,11 @@ for width, style in ((1, "--"), (5, "-")):
             )
         marks[name, width] = float(np.interp(200, to_false, delay))
 ax.set(xscale="log", yscale="log", xlabel="days to a false alarm (mean)", ylabel="days to detection (mean)",
-       title="What a false alarm less costs")  # fmt: skip
+       title="The price of fewer false alarms")  # fmt: skip
 for axis in (ax.xaxis, ax.yaxis):
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
-ax.set_yticks([1, 2, 5, 10, 20, 50])
+ax.set_yticks([1, 2, 5, 10, 20, 50, 100])
 label_lines(ax)
 plt.show()
 for name, key in (("footer on 1 in 2", "half"), ("footer on all", "footer")):
@@ -2952,6 +2958,7 @@ for _ in range(40):
         _value = _gains[_n] * _terms.tickets * _terms.wrong * _days - _n * _terms.label - _terms.training
         _best = max(_best, (_n, _value), key=lambda pair: pair[1])
     _got = decide(dict(sorted(_gains.items(), reverse=True)), _terms)
+    assert _got is not None, "Where nothing pays, the answer is still a pair: (0, 0.0)"
     assert _got[0] == _best[0], f"{_gains}, {_terms}: {_best}; yours is {_got}"
     assert abs(_got[1] - _best[1]) < 1e-6, f"{_gains}, {_terms}: {_best}; yours is {_got}"
 ### END HIDDEN TESTS
@@ -3158,7 +3165,7 @@ model.requires_grad_(False)
 terms = Terms(label=1.5, training=120, wrong=4, tickets=200, labels_a_day=40, ends=0.05, horizon=60)
 gains = {name: {n: mean for n, (mean, _, _) in curve.items()} for name, curve in curves.items()}
 for name in gains:
-    print(name, "->", decide(gains[name], terms))
+    print("{}: {} labels, worth {:,.0f} euros".format(name, *decide(gains[name], terms)))
 
 stays, volumes = np.geomspace(2, 60, 25), np.geomspace(2, 400, 25)
 policy_gains = gains["a new policy"]
