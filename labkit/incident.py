@@ -233,6 +233,7 @@ def objection(of: Bundle, **answer: object) -> str:
     hit = later.trace.isin(bad.trace)
     shares = {
         "right": float(hit.mean()),
+        "third": 1 / 3,
         "attempts": len(bad) / int((generate.start >= since).sum()),
         "whole": int(hit.sum()) / len(requests),
         "failed": float((later.status == "error").mean()),
@@ -248,14 +249,14 @@ def objection(of: Bundle, **answer: object) -> str:
 
 
 def _cause(value: object) -> str:
-    if value == "skew":
-        return ""
     if not isinstance(value, str) or value not in CAUSES:
         return f"cause is one of the keys of incident.CAUSES, {', '.join(CAUSES)}; not {value!r}"
-    return f"{value}: {_AGAINST[value]}"
+    return "" if value == "skew" else f"{value}: {_AGAINST[value]}"
 
 
 def _replica(value: object) -> str:
+    if not isinstance(value, str):
+        return f"replica is a name, one of {', '.join(REPLICAS)}; not {value!r}"
     if value == "r3":
         return ""
     return f"{value!r} is not the replica: compare output tokens and the status of parse spans by replica, over time"
@@ -284,16 +285,17 @@ def _share(value: object, known: dict[str, float]) -> str:
     if not _is_number(value):
         return f"share is a number from 0 to 1; not {value!r}"
     share = float(value)  # type: ignore[arg-type]
-    if abs(share - known["right"]) <= 0.005:
+    if abs(share - known["right"]) <= 0.002:
         return ""
     names = {
         "attempts": "you count attempts: a request that is asked for twice is one request. Count traces",
+        "third": "one replica of three, or four tenants of twelve, is what the set-up says: count the requests",
         "whole": "the requests before the beginning could not be hit: divide by those that begin at or after `since`",
         "failed": "you count the requests that failed for good; those whose retry succeeded were served by the faulty "
         "combination as well",
     }
     for name, text in names.items():
-        if abs(share - known[name]) <= 0.005:
+        if abs(share - known[name]) <= 0.002:
             return f"{share:.3f} is another share: {text}"
     return (
         f"{share:.3f} is not the share: traces with at least one generate span of the faulty combination, among "

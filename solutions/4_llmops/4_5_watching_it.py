@@ -3,7 +3,7 @@
 #
 # You will be able to follow one request through a service by its traces, read its metrics as Prometheus does, find the cause of an incident from both, set a drift alarm whose false alarms you can state, and decide whether to retrain.
 #
-# **You will measure.** A permutation test at 1 % for drift in embeddings alarms on {{naive_false}} of the days on which nothing happened. Calibrated on whole days it alarms on {{alarm_false}} ({{alarm_false:interval}}). Of nine changes to the tickets it sees some that cost nothing, and misses two of the four that cost much: after one, exact match is {{lower_exact}} instead of {{none_exact}}, and its alarm rate is {{lower_seen}}. In an incident you name the cause, its first minute ({{since}}) and the {{share}} of the requests that it reached.
+# **You will measure.** A permutation test at 1 % for drift in embeddings alarms on {{naive_false}} of the days on which nothing happened. Calibrated on whole days it alarms on {{alarm_false}} ({{alarm_false:interval}}). Of nine changes to the tickets it sees some that cost nothing, and misses two of the four that cost much: after one, exact match is {{lower_exact}} instead of {{none_exact}}, and its alarm rate is {{lower_seen}}. An incident would burn the error budget of 30 days in {{budget_days}} days; you name its cause, its first minute and whom it reached.
 #
 # **You need.** Lesson 1.1 (intervals), 2.1 (adapters); p-values; HTTP.
 #
@@ -65,7 +65,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, get_current_span
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from prometheus_client import (
     CollectorRegistry,
@@ -116,14 +116,14 @@ def new_tracer() -> tuple[Tracer, InMemorySpanExporter]:
 # %% [markdown]
 # **Exercise.** A ticket is accepted in one process and triaged in another, with a queue between them. Write both sides.
 #
-# `accept(tracer, queue, ticket)` opens a span `accept` and puts one message on the queue, `{"ticket": ticket, "headers": headers}`, a dictionary that can be written as JSON; `headers` carry the context of that span.
+# `accept(tracer, queue, ticket)` opens a span `accept` below the one that is current, and puts one message on the queue, `{"ticket": ticket, "headers": headers}`, a dictionary that can be written as JSON; `headers` carry the context of that span.
 #
 # `work(tracer, message, generate)` opens a span `triage`, **child of that `accept` span**, whatever span is current where it runs. With empty headers `triage` begins a trace of its own. Inside, as its children and one after the other:
 #
-# - `generate`, around the call `generate(ticket)`, which returns the reply and its number of tokens; the number is the span's attribute `gen_ai.usage.output_tokens` (the name that OTel's conventions give it).
+# - `generate`, around the call `generate(ticket)`, which returns the reply and its number of tokens; the number is the span's only attribute, `gen_ai.usage.output_tokens` (the name that OTel's conventions give it).
 # - `parse`, around `Triage.parse(reply)`. If that raises `ValueError`, the span ends with status `ERROR` and the exception recorded, and `work` returns `None`. Otherwise it returns the `Triage`. No other exception is caught.
 #
-# All spans end. The ticket's text stands in no attribute: more people read traces than tickets. *About 15 lines in all.*
+# All spans end. `work` leaves the message, and what was current before, as they were. The ticket's text stands in no attribute and no event: more people read traces than tickets. *About 15 lines in all.*
 #
 # <details><summary>Hint 1</summary>A with block around start_as_current_span records an exception that leaves it, sets the status and ends the span. So where must the try stand: inside the block, or around it?</details>
 # <details><summary>Hint 2</summary>inject has to run while the accept span is current. In work the parent is not what is current, but what extract(message["headers"]) gives, as the argument context.</details>
@@ -191,22 +191,33 @@ def traced(reply: str, ticket: str = "The Norix, s3cret, broke.", *, keep: bool 
             "The headers are empty, so the request will fall into two traces: call inject(headers) inside the with block, "
             "where the accept span is current, and before the message is put on the queue"
         )
-    found: list[object] = []
+    sent, found, asked, same = json.dumps(message), [], [], []
 
     def answer(text: str) -> tuple[str, int]:
+        asked.append(text)
         called.append(time.time_ns())
         return reply, 31
 
     def elsewhere() -> None:
-        with tracer.start_as_current_span("poll"):
+        with tracer.start_as_current_span("poll") as poll:
             try:
                 found.append(work(tracer, message, answer))
             except Exception as error:
                 found.append(error)
+            same.append(get_current_span() is poll)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
+    if not isinstance(found[0], Exception):
+        assert asked == [ticket], f"generate is called once, with the text of the ticket; yours with {asked}"
+    assert json.dumps(message) == sent, (
+        f"work changed the message to {message}: when it fails, the same message is put back on the queue"
+    )
+    assert same == [True], (
+        "After work another span is current than before, so the worker's next span lands in a foreign trace: detach what "
+        "you attach, or use a with block"
+    )
     return found[0], {span.name: span for span in memory.get_finished_spans()}
 
 
@@ -244,8 +255,19 @@ assert dict(spans["generate"].attributes) == {"gen_ai.usage.output_tokens": 31},
 assert spans["generate"].start_time <= called[-1] <= spans["generate"].end_time, (
     "generate was called before its span began or after it had ended, so its duration says nothing: call it inside the block"
 )
-told = [name for name, span in spans.items() if "s3cret" in str(dict(span.attributes or {}))]
-assert not told, f"The ticket's text stands in an attribute of {told}: more people read traces than tickets"
+told = [
+    name
+    for name, span in spans.items()
+    if "s3cret" in str([dict(part.attributes or {}) for part in (span, *span.events)])
+]
+assert not told, f"The ticket's text stands in an attribute or event of {told}: more people read traces than tickets"
+tracer, memory = new_tracer()
+with tracer.start_as_current_span("request") as outer:
+    accept(tracer, Wire(), "A ticket")
+above = memory.get_finished_spans()[0].parent
+assert (above.span_id if above else 0) == outer.get_span_context().span_id, (
+    "accept does not go on with the trace of the request that is current: open it without a context of its own"
+)
 ### BEGIN HIDDEN TESTS
 _got, _spans = traced(GOOD.to_json(), ticket="Another ticket", keep=False)
 assert _got == GOOD, f"A message with empty headers is triaged as well; yours returned {_got}"
@@ -516,6 +538,117 @@ def work(tracer, message, generate):
             return None
 
 
+# %% mistake="attaches and stays" of="carry-context" says="detach what you attach"
+def accept(tracer, queue, ticket):
+    with tracer.start_as_current_span("accept"):
+        headers = {}
+        inject(headers)
+        queue.put({"ticket": ticket, "headers": headers})
+
+
+def work(tracer, message, generate):
+    parent = extract(message["headers"])
+    from opentelemetry.context import attach
+
+    attach(parent)
+    with tracer.start_as_current_span("triage"):
+        with tracer.start_as_current_span("generate") as span:
+            reply, n = generate(message["ticket"])
+            span.set_attribute("gen_ai.usage.output_tokens", n)
+        try:
+            with tracer.start_as_current_span("parse"):
+                return Triage.parse(reply)
+        except ValueError:
+            return None
+
+
+# %% mistake="a root in the middle" of="carry-context" says="go on with the trace of the request"
+def accept(tracer, queue, ticket):
+    from opentelemetry.context import Context
+
+    with tracer.start_as_current_span("accept", context=Context()):
+        headers = {}
+        inject(headers)
+        queue.put({"ticket": ticket, "headers": headers})
+
+
+def work(tracer, message, generate):
+    parent = extract(message["headers"])
+    with tracer.start_as_current_span("triage", context=parent):
+        with tracer.start_as_current_span("generate") as span:
+            reply, n = generate(message["ticket"])
+            span.set_attribute("gen_ai.usage.output_tokens", n)
+        try:
+            with tracer.start_as_current_span("parse"):
+                return Triage.parse(reply)
+        except ValueError:
+            return None
+
+
+# %% mistake="the prompt as an event" of="carry-context" says="text stands in an attribute or event"
+def accept(tracer, queue, ticket):
+    with tracer.start_as_current_span("accept"):
+        headers = {}
+        inject(headers)
+        queue.put({"ticket": ticket, "headers": headers})
+
+
+def work(tracer, message, generate):
+    parent = extract(message["headers"])
+    with tracer.start_as_current_span("triage", context=parent):
+        with tracer.start_as_current_span("generate") as span:
+            span.add_event("prompt", {"text": message["ticket"]})
+            reply, n = generate(message["ticket"])
+            span.set_attribute("gen_ai.usage.output_tokens", n)
+        try:
+            with tracer.start_as_current_span("parse"):
+                return Triage.parse(reply)
+        except ValueError:
+            return None
+
+
+# %% mistake="asks about the message" of="carry-context" says="with the text of the ticket"
+def accept(tracer, queue, ticket):
+    with tracer.start_as_current_span("accept"):
+        headers = {}
+        inject(headers)
+        queue.put({"ticket": ticket, "headers": headers})
+
+
+def work(tracer, message, generate):
+    parent = extract(message["headers"])
+    with tracer.start_as_current_span("triage", context=parent):
+        with tracer.start_as_current_span("generate") as span:
+            reply, n = generate(message)
+            span.set_attribute("gen_ai.usage.output_tokens", n)
+        try:
+            with tracer.start_as_current_span("parse"):
+                return Triage.parse(reply)
+        except ValueError:
+            return None
+
+
+# %% mistake="takes the message apart" of="carry-context" says="the same message is put back"
+def accept(tracer, queue, ticket):
+    with tracer.start_as_current_span("accept"):
+        headers = {}
+        inject(headers)
+        queue.put({"ticket": ticket, "headers": headers})
+
+
+def work(tracer, message, generate):
+    parent = extract(message.pop("headers"))
+    with tracer.start_as_current_span("triage", context=parent):
+        with tracer.start_as_current_span("generate") as span:
+            reply, n = generate(message["ticket"])
+            span.set_attribute("gen_ai.usage.output_tokens", n)
+        try:
+            with tracer.start_as_current_span("parse"):
+                return Triage.parse(reply)
+        except ValueError:
+            return None
+
+
 # %% alternative="contexts by hand" of="carry-context"
 def accept(tracer, queue, ticket):
     from opentelemetry.trace import set_span_in_context
@@ -547,6 +680,8 @@ def work(tracer, message, generate):
 
 
 # %% [markdown]
+# One leak is left: the exception that `parse` records quotes the reply, and a reply can quote its ticket. Where that matters, record the exception's type only.
+#
 # Now as a job would, with everything real. A collector takes spans over OTLP, the protocol that every backend speaks. The service is a FastAPI application: OTel's instrumentation opens a span for each HTTP request and takes the parent from its headers, so the client's trace continues. It puts the ticket on a queue; the worker takes it off and asks the model, with the adapter "triage" of this course's assistant. Counters and a histogram are served at `/metrics`, for Prometheus to fetch.
 
 # %%
@@ -639,7 +774,7 @@ print("\n" + "\n".join(line for line in generate_latest(registry).decode().split
 #
 # **Exercise.** Two functions that give what PromQL gives.
 #
-# `increase(times, values, start, end)`, a float. The samples are sorted by time and lie within `start < t <= end` (seconds). Fewer than two samples give `nan`.
+# `increase(times, values, start, end)`, a float. The samples, lists or arrays, are sorted by time and lie within `start < t <= end` (seconds). Fewer than two samples give `nan`.
 #
 # 1. *raw* is the last value minus the first; for each sample lower than the one before it (a restart), the value before the drop is added.
 # 2. The *gap* is the mean time between two samples. On each side of the samples the growth is carried on to the window's end if that is nearer than 1.1 gaps, and by half a gap otherwise.
@@ -648,7 +783,7 @@ print("\n" + "\n".join(line for line in generate_latest(registry).decode().split
 #
 # `increase([15, 30, 45, 60], [3, 6, 9, 12], 5, 65)` is 12.0: *raw* is 9, *left* 10 and *right* 5.
 #
-# `histogram_quantile(q, bounds, counts)`, with `0 < q < 1`, ascending upper `bounds` of which the last is `inf`, and `counts` *cumulative* over the buckets (floats). The rank is `q` times the total. The quantile lies in the first bucket whose cumulative count is at least the rank; interpolate within it, from 0 if it is the first. In the last bucket the answer is the largest finite bound. A total of 0 gives `nan`. For bounds `[1, 2, 4, inf]` and counts `[0, 6, 10, 10]` the median is 1 + 5/6.
+# `histogram_quantile(q, bounds, counts)`, with `0 < q < 1`, ascending upper `bounds` of which the last is `inf`, and `counts` *cumulative* over the buckets (floats; lists or arrays). The rank is `q` times the total. The quantile lies in the first bucket whose cumulative count is at least the rank; interpolate within it, from 0 if it is the first. In the last bucket the answer is the largest finite bound. A total of 0 gives `nan`. For bounds `[1, 2, 4, inf]` and counts `[0, 6, 10, 10]` the median is 1 + 5/6.
 #
 # *Predict* as well. A histogram of seconds has the 8 finite bounds of `incident.BOUNDS` and the labels `replica` (3 values) and `outcome` (2). Somebody adds the label `trace`, to find a slow request from its metric. In two hours there are about 2,600 requests, each served once, by one replica, with one outcome. How many time series does Prometheus hold afterwards? `predicted_series` is a whole number. *About 20 lines.*
 #
@@ -697,15 +832,20 @@ def histogram_quantile(q: float, bounds: Sequence[float], counts: Sequence[float
 
 # %% check="promql" points=2
 assert predicted_series is not None, "Write your prediction down first: predicted_series = a whole number"
+assert isinstance(predicted_series, int | float | np.number), (
+    f"predicted_series is a number; yours is {predicted_series!r}"
+)
 assert predicted_series > 0, f"A number of time series is positive; yours is {predicted_series}"
-inc = increase([15, 30, 45, 60], [30, 33, 2, 5], 14, 61)
+samples = [30, 33, 2, 5]
+inc = increase([15, 30, 45, 60], samples, 14, 61)
 assert inc > 0, (
     f"The counter fell from 33 to 2: its process restarted, and nothing was taken back. Add the 33 before the drop; yours is {inc}"
 )
 assert abs(inc - 8 * 47 / 45) < 1e-9, (
     f"From 30 over 33 to a restart and up to 5 is 3 + 5 = 8, carried on by one second on each side: {8 * 47 / 45:.3f}; yours is {inc}"
 )
-inc = increase([15, 30, 45, 60], [3, 6, 9, 12], 5, 65)
+assert samples == [30, 33, 2, 5], f"increase changed the samples that it was given, to {samples}: add up in a variable"
+inc = increase(np.array([15, 30, 45, 60]), np.array([3, 6, 9, 12]), 5, 65)
 assert inc != 9, "You take the difference of the samples: carry the growth on to the ends of the window (steps 2 and 4)"
 assert abs(inc - 12) < 1e-9, f"For the example of the statement the increase is 12; yours is {inc}"
 inc = increase([100, 110, 120], [50, 60, 70], 60, 125)
@@ -726,6 +866,11 @@ inc = increase([10, 20, 30], [1, 11, 21], 0, 30)
 assert abs(inc - 21) < 1e-9, (
     f"A counter cannot have been below zero: it stood at 0 one second before the first sample, so 21; yours is {inc}"
 )
+inc = increase([100, 110, 120], [8, 18, 28], 60, 120)
+assert abs(inc - 25) < 1e-9, (
+    "40 s before the first sample are more than 1.1 gaps: half a gap, 5 s. The zero would be 8 s away and changes nothing: "
+    f"step 3 comes after step 2; 20 * (20 + 5) / 20 = 25, yours is {inc}"
+)
 assert math.isnan(increase([10], [3], 0, 20)), "One sample says nothing about growth: nan"
 ### BEGIN HIDDEN TESTS
 assert math.isnan(increase([], [], 0, 20)), "No sample: nan"
@@ -736,6 +881,10 @@ except ZeroDivisionError as _error:
 assert _still == 0, f"A counter that stands still has an increase of 0; yours is {_still}"
 assert increase([10, 20], [0, 0], 5, 25) == 0, "A counter at 0 that stands still has an increase of 0"
 assert abs(increase([10, 20], [0, 8], 5, 25) - 12) < 1e-9, "A counter that was 0 at its first sample began there"
+_fell = increase([10, 20, 30], [2, 10, 4], 0, 30)
+assert abs(_fell - 14) < 1e-9, (
+    f"raw, restart included, is 12, so the counter was 0 at 20 * 2 / 12 s before the first sample: 14; yours is {_fell}"
+)
 _rng = np.random.default_rng(3)
 for _n in (2, 3, 10, 40):
     _t = 1000 + np.cumsum(np.full(_n, 15.0)) + _rng.uniform(-1, 1, _n)
@@ -769,7 +918,11 @@ first = histogram_quantile(0.25, [2.0, 4.0, math.inf], [10.0, 20.0, 20.0])
 assert abs(first - 1.0) < 1e-9, f"The first bucket begins at 0: rank 5 of 10 between 0 and 2 is 1; yours is {first}"
 last = histogram_quantile(0.99, bounds, [0.0, 6.0, 10.0, 20.0])
 assert last == 4.0, f"In the last bucket nothing is known but the largest finite bound, 4: yours is {last}"
-assert math.isnan(histogram_quantile(0.5, bounds, [0.0] * 4)), "Without observations a quantile is nan"
+try:
+    nothing = histogram_quantile(0.5, bounds, [0.0] * 4)
+except ZeroDivisionError as error:
+    raise AssertionError("Without observations a quantile is nan: ask for the total before you divide") from error
+assert math.isnan(nothing), f"Without observations a quantile is nan; yours is {nothing}"
 ### BEGIN HIDDEN TESTS
 assert abs(histogram_quantile(0.6, bounds, counts) - 2.0) < 1e-9, (
     "A rank equal to a cumulative count is that bucket's end"
@@ -934,6 +1087,137 @@ def histogram_quantile(q, bounds, counts):
     return float(np.interp(q * counts[-1], [0.0, *counts], [0.0, *bounds]))
 
 
+# %% mistake="the zero before the gap" of="promql" says="step 3 comes after step 2"
+predicted_series = 2600 * 11
+
+
+def increase(times, values, start, end):
+    t, v = np.asarray(times, float), np.asarray(values, float)
+    if len(t) < 2:
+        return math.nan
+    raw = v[-1] - v[0] + sum(a for a, b in pairwise(v) if b < a)
+    covered = t[-1] - t[0]
+    gap = covered / (len(t) - 1)
+    left, right = t[0] - start, end - t[-1]
+    if raw > 0:
+        left = min(left, covered * v[0] / raw)
+    if left >= 1.1 * gap:
+        left = gap / 2
+    if right >= 1.1 * gap:
+        right = gap / 2
+    return float(raw * (covered + left + right) / covered)
+
+
+def histogram_quantile(q, bounds, counts):
+    if counts[-1] == 0:
+        return math.nan
+    rank = q * counts[-1]
+    i = next(k for k, c in enumerate(counts) if c >= rank)
+    if i == len(bounds) - 1:
+        return float(bounds[-2])
+    low, below = (bounds[i - 1], counts[i - 1]) if i else (0.0, 0.0)
+    return float(low + (bounds[i] - low) * (rank - below) / (counts[i] - below))
+
+
+# %% mistake="the slope without the restart" of="promql" says="raw, restart included, is 12"
+predicted_series = 2600 * 11
+
+
+def increase(times, values, start, end):
+    t, v = np.asarray(times, float), np.asarray(values, float)
+    if len(t) < 2:
+        return math.nan
+    raw = v[-1] - v[0] + sum(a for a, b in pairwise(v) if b < a)
+    covered = t[-1] - t[0]
+    gap = covered / (len(t) - 1)
+    left, right = t[0] - start, end - t[-1]
+    if left >= 1.1 * gap:
+        left = gap / 2
+    if right >= 1.1 * gap:
+        right = gap / 2
+    if raw > 0:
+        left = min(left, covered * v[0] / max(v[-1] - v[0], 1e-9))
+    return float(raw * (covered + left + right) / covered)
+
+
+def histogram_quantile(q, bounds, counts):
+    if counts[-1] == 0:
+        return math.nan
+    rank = q * counts[-1]
+    i = next(k for k, c in enumerate(counts) if c >= rank)
+    if i == len(bounds) - 1:
+        return float(bounds[-2])
+    low, below = (bounds[i - 1], counts[i - 1]) if i else (0.0, 0.0)
+    return float(low + (bounds[i] - low) * (rank - below) / (counts[i] - below))
+
+
+# %% mistake="repairs the samples in place" of="promql" says="increase changed the samples"
+predicted_series = 2600 * 11
+
+
+def increase(times, values, start, end):
+    t, v = np.asarray(times, float), np.asarray(values, float)
+    if len(t) < 2:
+        return math.nan
+    for i in range(1, len(values)):
+        if values[i] < values[i - 1]:
+            values[i:] = [x + values[i - 1] for x in values[i:]]
+    raw = values[-1] - values[0]
+    covered = t[-1] - t[0]
+    gap = covered / (len(t) - 1)
+    left, right = t[0] - start, end - t[-1]
+    if left >= 1.1 * gap:
+        left = gap / 2
+    if right >= 1.1 * gap:
+        right = gap / 2
+    if raw > 0:
+        left = min(left, covered * v[0] / raw)
+    return float(raw * (covered + left + right) / covered)
+
+
+def histogram_quantile(q, bounds, counts):
+    if counts[-1] == 0:
+        return math.nan
+    rank = q * counts[-1]
+    i = next(k for k, c in enumerate(counts) if c >= rank)
+    if i == len(bounds) - 1:
+        return float(bounds[-2])
+    low, below = (bounds[i - 1], counts[i - 1]) if i else (0.0, 0.0)
+    return float(low + (bounds[i] - low) * (rank - below) / (counts[i] - below))
+
+
+# %% mistake="a prediction in words" of="promql" says="predicted_series is a number"
+predicted_series = "28,600"
+
+
+def increase(times, values, start, end):
+    t, v = np.asarray(times, float), np.asarray(values, float)
+    if len(t) < 2:
+        return math.nan
+    raw = v[-1] - v[0] + sum(a for a, b in pairwise(v) if b < a)
+    covered = t[-1] - t[0]
+    gap = covered / (len(t) - 1)
+    left, right = t[0] - start, end - t[-1]
+    if left >= 1.1 * gap:
+        left = gap / 2
+    if right >= 1.1 * gap:
+        right = gap / 2
+    if raw > 0:
+        left = min(left, covered * v[0] / raw)
+    return float(raw * (covered + left + right) / covered)
+
+
+def histogram_quantile(q, bounds, counts):
+    if counts[-1] == 0:
+        return math.nan
+    rank = q * counts[-1]
+    i = next(k for k, c in enumerate(counts) if c >= rank)
+    if i == len(bounds) - 1:
+        return float(bounds[-2])
+    low, below = (bounds[i - 1], counts[i - 1]) if i else (0.0, 0.0)
+    return float(low + (bounds[i] - low) * (rank - below) / (counts[i] - below))
+
+
 # %% alternative="loops" of="promql"
 predicted_series = 28_000
 
@@ -1036,7 +1320,7 @@ card.record("series_after", counted["traced_seconds"], format=",d", label="time 
 #
 # The label `trace` made {{series_after}} series of {{series_before}}, for two hours of a small service. Each combination of values is a series, kept in memory, whether it ever gets a second observation or not. What identifies one request belongs into traces; from a metric to a trace lead *exemplars*, an example's trace id beside a bucket.
 #
-# And the real server? Where Debian's package `prometheus` is installed, the next cell gives it the same samples and asks it in PromQL over its HTTP API; then lets it scrape a live application. Nothing later depends on it.
+# And the real server? Where Debian's package `prometheus` is installed, the next cell gives it the same samples and asks it in PromQL over its HTTP API; then lets it scrape a live application. Nothing later depends on it. (Servers from before [a fix of 2024](https://github.com/prometheus/prometheus/pull/13725), such as Debian 12's 2.42, take step 3 of `increase` before step 2. It makes no difference to what is asked below.)
 
 # %%
 BASE = 1_700_000_000  # the simulation's second 0, as Unix time
@@ -1165,9 +1449,13 @@ got = np.asarray(burning([0, 0, 0, 0, 3], [10] * 5, 0.9, 5, 1, 2.0)).tolist()
 assert not got[4], (
     "One bad minute in five: the short window burns at 3, the long one at 0.6. Both must burn, so no alarm; yours fires"
 )
-got = np.asarray(burning([1, 0, 0, 0], [1, 99, 50, 50], 0.75, 2, 2, 1.5)).tolist()
+counts = np.array([[1.0, 0, 0, 0], [1, 99, 50, 50]])
+got = np.asarray(burning(counts[0], counts[1], 0.75, 2, 2, 1.5)).tolist()
 assert not got[1], (
     "One failure among a hundred requests: divide the sums of the window; the mean of each minute's share would be 0.5"
+)
+assert counts.tolist() == [[1, 0, 0, 0], [1, 99, 50, 50]], (
+    "burning changed the counts that it was given: copy them first"
 )
 got = np.asarray(burning([3, 3, 3], [10, 10, 10], 0.9, 60, 5, 2.5)).tolist()
 assert got == [True, True, True], (
@@ -1273,6 +1561,17 @@ def burning(bad, total, objective, long, short, factor):
     )
 
 
+# %% mistake="adds up in place" of="burn-rate" says="burning changed the counts"
+def burning(bad, total, objective, long, short, factor):
+    bad, total = np.asarray(bad, float), np.asarray(total, float)
+    sums = [np.concatenate([[0.0], np.cumsum(part, out=part)]) for part in (bad, total)]
+    now, alarm = np.arange(len(bad)) + 1, np.ones(len(bad), bool)
+    for w in (long, short):
+        b, n = (part[now] - part[np.maximum(now - w, 0)] for part in sums)
+        alarm &= b / np.maximum(n, 1) / (1 - objective) >= factor
+    return alarm
+
+
 # %% alternative="pandas" of="burn-rate"
 def burning(bad, total, objective, long, short, factor):
     table = pd.DataFrame({"bad": np.asarray(bad, float), "total": np.asarray(total, float)})
@@ -1292,14 +1591,14 @@ def burning(bad, total, objective, long, short, factor):
 requests_ = desk.spans[desk.spans.name == "request"]
 minute = (requests_.end // 60).astype(int)
 length = incident.SECONDS // 60
-of_minute = lambda rows: np.bincount(minute[rows], minlength=length)[:length]
-total, failed = of_minute(requests_.trace == requests_.trace), of_minute(requests_.status == "error")
+of_minute = lambda minutes: np.bincount(minutes, minlength=length)[:length]
+total, failed = of_minute(minute), of_minute(minute[requests_.status == "error"])
 alarm = burning(failed, total, 0.995, 60, 5, 14.4)
 clock = np.arange(10, length + 1, 2)
 
 fig, axes = plt.subplots(3, 1, figsize=(8.6, 5.6), sharex=True)
 axes[0].plot(clock, [quantile(0.99, incident.REPLICAS, 60 * m, 300) for m in clock], color=COLOURS.before)
-axes[0].set(title="The dashboard", ylabel="p99 (s)", yscale="log")
+axes[0].set(title="The dashboard", ylabel="p99 (s)", yscale="log", ylim=(2, 500))
 axes[1].plot(clock, [failed[m - 5 : m].sum() / total[m - 5 : m].sum() for m in clock], color=COLOURS.wrong)
 axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 axes[1].set(ylabel="requests\nthat fail")
@@ -1341,7 +1640,9 @@ example = requests_.assign(seconds=requests_.end - requests_.start).sort_values(
 rows = desk.spans[desk.spans.trace == example.trace]
 shown = rows.assign(seconds=rows.end - rows.start, self_seconds=rows.span.map(self_seconds(rows)))
 columns = ["name", "attempt", "replica", "seconds", "self_seconds", "adapter", "template", "output_tokens", "status"]
-display(shown[columns].style.hide(axis="index").format(precision=1, na_rep="").set_caption("the slowest request"))
+whole = dict.fromkeys(("attempt", "output_tokens"), "{:.0f}")
+formatted = shown[columns].style.format(precision=1, na_rep="").format(whole, na_rep="")
+display(formatted.hide(axis="index").set_caption("the slowest request"))
 display(
     pd.Series(incident.CAUSES, name="what somebody in the room says")
     .to_frame()
@@ -1354,7 +1655,7 @@ display(
 # - `"cause"`: the key of the right sentence in `incident.CAUSES`, shown above. Exactly one is the cause. For each of the others there is something in the spans that speaks against it.
 # - `"replica"`: the name of the replica on which it happens.
 # - `"since"`: the minute (a number; spans are in seconds) at which the first span that shows the cause began.
-# - `"share"`: of the *requests* that began at or after that moment, the share with at least one `generate` span of the faulty combination of attributes, whether or not that reply parsed.
+# - `"share"`: of the *requests* that began at or after that moment, the share with at least one `generate` span that shows the cause, whether or not its reply parsed.
 # - `"tenants"`: the names of the tenants of such requests: the blast radius.
 #
 # The check objects to the first wrong entry with what speaks against it. *About 10 lines of queries.*
@@ -1454,6 +1755,19 @@ diagnosis = {
     "share": (_later.status == "error").mean(), "tenants": ["Norix"],
 }  # fmt: skip
 
+# %% mistake="one replica of three" of="diagnosis" says="one replica of three"
+_generate = desk.spans[desk.spans.name == "generate"]
+_bad = _generate[(_generate.adapter == "triage@6") & (_generate.template == "t3")]
+diagnosis = {
+    "cause": "skew", "replica": "r3", "since": _bad.start.min() / 60, "share": 1 / 3, "tenants": ["Norix"],
+}  # fmt: skip
+
+# %% mistake="a column for a name" of="diagnosis" says="replica is a name"
+diagnosis = {
+    "cause": "skew", "replica": desk.spans.replica[desk.spans.replica == "r3"].head(1), "since": 41, "share": 0.33,
+    "tenants": ["Norix"],
+}  # fmt: skip
+
 # %% mistake="everybody" of="diagnosis" says="a blast radius ends somewhere"
 _generate = desk.spans[desk.spans.name == "generate"]
 _bad = _generate[(_generate.adapter == "triage@6") & (_generate.template == "t3")]
@@ -1504,7 +1818,7 @@ for ax in axes:
     ax.axvline(diagnosis["since"], color=COLOURS.truth, lw=1.5)
     ax.axvline(fired[0], color=COLOURS.wrong, lw=1.5, ls="--")
 direct_label(axes[1], diagnosis["since"], 50, f"it begins, {diagnosis['since']:.0f}", COLOURS.truth, offset=(-78, 0))
-direct_label(axes[1], fired[0], 70, f"the pager, {fired[0]}", COLOURS.wrong)
+direct_label(axes[1], fired[0], 45, f"the pager, {fired[0]}", COLOURS.wrong)
 label_lines(axes[0], gap=0.13)
 plt.show()
 
@@ -1614,6 +1928,26 @@ assert abs(skew - want) < 1e-9, (
     "One third of the reference is its smallest value, 1, and such a quantile is no edge: only those strictly between the "
     f"smallest and the largest value count, here 2.33; {want:.4f}, yours is {skew:.4f}"
 )
+top = psi([1, 2, 9, 9, 9], [1, 2, 9, 10], bins=2)
+assert abs(top) < 1e-9, (
+    f"The median of the reference is its largest value, 9, so no edge is left and PSI is 0; yours is {top}"
+)
+got = psi([1, 2, 3, 4], [1, 1, 1, 4], bins=2, floor=0.3)
+want = (0.75 - 0.5) * math.log(0.75 / 0.5) + (0.25 - 0.5) * math.log(0.25 / 0.5)
+assert abs(got - want) < 1e-9, (
+    f"Only a share of 0 becomes floor; 0.25 stays below a floor of 0.3: {want:.4f}; yours is {got:.4f}"
+)
+gap = psi([1, 10], [5, 6], bins=4)
+want = 4 * (0.5 - 1e-4) * math.log(0.5 / 1e-4)
+assert np.isfinite(gap), f"The reference can have empty bins, too: their share is floor; yours gives {gap}"
+assert abs(gap - want) < 1e-6, (
+    f"Empty bins of the reference have the share floor as well: {want:.3f}; yours is {gap:.3f}"
+)
+mixed, other = np.array([4.0, 1, 3, 2]), np.array([2.0, 1])
+psi(mixed, other, bins=2)
+assert (mixed.tolist(), other.tolist()) == ([4, 1, 3, 2], [2, 1]), (
+    "psi changed the values that it was given: sort a copy"
+)
 assert psi(hundred, hundred) < 1e-9, "The reference against itself is 0: take the edges from the reference, once"
 ### BEGIN HIDDEN TESTS
 _rng = np.random.default_rng(7)
@@ -1642,6 +1976,9 @@ assert abs(psi(np.array([5.0, 1, 3, 2, 4]), [2.5], bins=2) - psi([1, 2, 3, 4, 5]
 
 # %% check="psi" points=1
 assert predicted_rule is not None, "Write your prediction down first: predicted_rule = a share from 0 to 1"
+assert isinstance(predicted_rule, int | float | np.number), (
+    f"predicted_rule is a number from 0 to 1; yours is {predicted_rule!r}"
+)
 assert 0 <= predicted_rule <= 1, f"A share lies from 0 to 1; yours is {predicted_rule}"
 limit = psi_limit(500, 100, 10, 0.01)
 assert abs(limit - 0.278509) > 1e-4, "Ten bins have nine degrees of freedom: their shares sum to one"
@@ -1780,6 +2117,94 @@ def psi_limit(n, m, bins, alarm):
     return chi2.ppf(1 - alarm, bins) * (1 / n + 1 / m)
 
 
+# %% mistake="floor as a minimum" of="psi" says="Only a share of 0 becomes floor"
+predicted_rule = 0.35
+
+
+def psi(reference, batch, bins=10, floor=1e-4):
+    r, b = np.asarray(reference, float), np.asarray(batch, float)
+    edges = np.unique(np.quantile(r, np.arange(1, bins) / bins))
+    edges = edges[(edges > r.min()) & (edges < r.max())]
+
+    def shares(x):
+        s = np.bincount(np.searchsorted(edges, x, side="left"), minlength=len(edges) + 1) / len(x)
+        return np.maximum(s, floor)
+
+    p, q = shares(r), shares(b)
+    return float(np.sum((q - p) * np.log(q / p)))
+
+
+def psi_limit(n, m, bins, alarm):
+    return float(chi2.isf(alarm, bins - 1) * (1 / n + 1 / m))
+
+
+# %% mistake="an edge at the largest value" of="psi" says="no edge is left"
+predicted_rule = 0.35
+
+
+def psi(reference, batch, bins=10, floor=1e-4):
+    r, b = np.asarray(reference, float), np.asarray(batch, float)
+    edges = np.unique(np.quantile(r, np.arange(1, bins) / bins))
+    edges = edges[edges > r.min()]
+
+    def shares(x):
+        s = np.bincount(np.searchsorted(edges, x, side="left"), minlength=len(edges) + 1) / len(x)
+        return np.where(s == 0, floor, s)
+
+    p, q = shares(r), shares(b)
+    return float(np.sum((q - p) * np.log(q / p)))
+
+
+def psi_limit(n, m, bins, alarm):
+    return float(chi2.isf(alarm, bins - 1) * (1 / n + 1 / m))
+
+
+# %% mistake="a floor for the batch only" of="psi" says="The reference can have empty bins"
+predicted_rule = 0.35
+
+
+def psi(reference, batch, bins=10, floor=1e-4):
+    r, b = np.asarray(reference, float), np.asarray(batch, float)
+    edges = np.unique(np.quantile(r, np.arange(1, bins) / bins))
+    edges = edges[(edges > r.min()) & (edges < r.max())]
+
+    def shares(x):
+        s = np.bincount(np.searchsorted(edges, x, side="left"), minlength=len(edges) + 1) / len(x)
+        return np.where(s == 0, floor, s)
+
+    with np.errstate(all="ignore"):
+        p, q = np.bincount(np.searchsorted(edges, r), minlength=len(edges) + 1) / len(r), shares(b)
+        return float(np.sum((q - p) * np.log(q / p)))
+
+
+def psi_limit(n, m, bins, alarm):
+    return float(chi2.isf(alarm, bins - 1) * (1 / n + 1 / m))
+
+
+# %% mistake="sorts what it gets" of="psi" says="psi changed the values"
+predicted_rule = 0.35
+
+
+def psi(reference, batch, bins=10, floor=1e-4):
+    for part in (reference, batch):
+        if hasattr(part, "sort"):
+            part.sort()
+    r, b = np.asarray(reference, float), np.asarray(batch, float)
+    edges = np.unique(np.quantile(r, np.arange(1, bins) / bins))
+    edges = edges[(edges > r.min()) & (edges < r.max())]
+
+    def shares(x):
+        s = np.bincount(np.searchsorted(edges, x, side="left"), minlength=len(edges) + 1) / len(x)
+        return np.where(s == 0, floor, s)
+
+    p, q = shares(r), shares(b)
+    return float(np.sum((q - p) * np.log(q / p)))
+
+
+def psi_limit(n, m, bins, alarm):
+    return float(chi2.isf(alarm, bins - 1) * (1 / n + 1 / m))
+
+
 # %% alternative="pandas.cut" of="psi"
 predicted_rule = 1
 
@@ -1851,7 +2276,7 @@ scale = (n + m) / (n * m)
 density = chi2.pdf(grid / scale, 9) / scale
 ax.hist(np.minimum(psi_clean, 1.6), bins=60, range=(0, 1.6), density=True, color=COLOURS.before, alpha=0.4)
 ax.plot(grid, density, color=COLOURS.truth)
-direct_label(ax, 0.27, 2.6, "chi-square,\nscaled", COLOURS.truth)
+direct_label(ax, 0.27, 2.6, "scaled\n$\\chi^2$", COLOURS.truth)
 for x, text in ((0.25, "rule: 0.25"), (limit, "chi-square, 1 %"), (np.quantile(psi_clean, 0.99), "1 % of days")):
     ax.axvline(x, color=COLOURS.wrong, lw=1.5, ls="--")
     ax.annotate(text, (x, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points",
@@ -1877,7 +2302,7 @@ for name, found, label in (
 card.record("customers", customers, format="d", label="customers of the service")
 
 # %% [markdown]
-# The rule of thumb alarms on {{psi_rule}} of clean days: with 48 values in ten bins a PSI of 0.2 is what chance gives in the mean. With a million values the same 0.25 lies far beyond chance, and shifts below it go unseen. The chi-square limit knows $n$ and $m$, and still alarms on {{psi_chi}} instead of 1 %. The second hump in the figure says why: with five values expected in a bin, now and then one is empty, and an empty bin counts by `floor`, a number that somebody chose. For tickets drawn one by one it is nearly as bad ({{psi_iid}}), so the customers are not to blame. With four bins it is {{psi_coarse}}. (feature_engine's `threshold="auto"` is this limit. Evidently 0.7, which many teams use, does not import under the pinned pandas 3.1 and is therefore not installed here.)
+# The rule of thumb alarms on {{psi_rule}} of clean days: with 48 values in ten bins a PSI of 0.2 is what chance gives in the mean. With a million values the same 0.25 lies far beyond chance, and shifts below it go unseen. The chi-square limit knows $n$ and $m$, and still alarms on {{psi_chi}} instead of 1 %. The second hump in the figure says why: with five values expected in a bin, now and then one is empty, and an empty bin counts by `floor`, a number that somebody chose. For tickets drawn one by one it is nearly as bad ({{psi_iid}}), so the customers are not to blame. With four bins it is {{psi_coarse}}. (feature_engine's `threshold="auto"` is this limit. Evidently 0.7, which many teams use, does not import under the pinned pandas 3.1.)
 #
 # ## Drift in what a text says
 #
@@ -1928,8 +2353,7 @@ def p_values(scores: ArrayLike, null: ArrayLike) -> NDArray[np.float64]:
 
 
 # %% check="mmd-alarm" points=2
-kxx, kyy, kxy = np.array([[1, 0.5], [0.5, 1]]), np.array([[1, 0.2], [0.2, 1]]), np.full((2, 2), 0.3)
-got = mmd2(kxx, kyy, kxy)
+got = mmd2([[1, 0.5], [0.5, 1]], [[1, 0.2], [0.2, 1]], [[0.3, 0.3], [0.3, 0.3]])
 assert abs(got - (0.75 + 0.6 - 0.6)) > 1e-6, (
     "You count pairs i = j: the kernel of a vector with itself is 1 and says nothing. Leave out the diagonals of kxx and kyy"
 )
@@ -1971,14 +2395,22 @@ assert abs(_linear - (2 + 0 - 5)) < 1e-9, f"The diagonal is left out whatever st
 
 # %% check="mmd-alarm" points=2
 assert predicted_naive is not None, "Write your prediction down first: predicted_naive = a share from 0 to 1"
+assert isinstance(predicted_naive, int | float | np.number), (
+    f"predicted_naive is a number from 0 to 1; yours is {predicted_naive!r}"
+)
 assert 0 <= predicted_naive <= 1, f"A share lies from 0 to 1; yours is {predicted_naive}"
 got = np.asarray(p_values([5, 2.5, 0], [1, 2, 3, 4]))
 assert got.shape == (3,), f"One p-value a score, (3,); yours has the shape {got.shape}"
 assert got[0] > 0, "A p-value is never 0: the score itself is one of the values that could have been, (1 + k) / (1 + n)"
 assert abs(got[0] - 0.2) < 1e-9, f"No null score reaches 5: (1 + 0) / (1 + 4) = 0.2; yours is {got[0]}"
 assert np.allclose(got, [0.2, 0.6, 1.0]), f"Large scores speak against the null: [0.2, 0.6, 1.0]; yours are {got}"
-tied = np.asarray(p_values([3.0], [1, 3, 3, 4]))[0]
-assert abs(tied - 0.8) < 1e-9, f"Null scores equal to the score count: (1 + 3) / 5 = 0.8; yours is {tied}"
+null = np.array([3.0, 4, 1, 3])
+tied = np.asarray(p_values(np.array([3.0]), null))
+assert tied.shape == (1,), f"One score, an array with one p-value; yours has the shape {tied.shape}"
+assert abs(tied[0] - 0.8) < 1e-9, f"Null scores equal to the score count: (1 + 3) / 5 = 0.8; yours is {tied[0]}"
+assert null.tolist() == [3, 4, 1, 3], (
+    "p_values changed the null that it was given: np.sort makes a copy, .sort() does not"
+)
 ### BEGIN HIDDEN TESTS
 assert np.asarray(p_values([], [1.0])).shape == (0,), "No score, no p-value"
 assert np.allclose(p_values([1.0], [9.0] * 99 + [0.0]), 100 / 101), "The null need not be sorted"
@@ -2096,6 +2528,44 @@ def p_values(scores, null):
     return (1 + (np.asarray(null) > np.asarray(scores, float)[:, None]).sum(1)) / (1 + len(null))
 
 
+# %% mistake="sorts the null in place" of="mmd-alarm" says="p_values changed the null"
+predicted_naive = 0.15
+
+
+def mmd2(kxx, kyy, kxy):
+    def off(k):
+        k = np.asarray(k, float)
+        n = len(k)
+        return (k.sum() - np.trace(k)) / (n * (n - 1))
+
+    return float(off(kxx) + off(kyy) - 2 * np.mean(kxy))
+
+
+def p_values(scores, null):
+    s, z = np.asarray(scores, float), np.asarray(null, float)
+    z.sort()
+    return (1 + len(z) - np.searchsorted(z, s, side="left")) / (1 + len(z))
+
+
+# %% mistake="a scalar for one score" of="mmd-alarm" says="an array with one p-value"
+predicted_naive = 0.15
+
+
+def mmd2(kxx, kyy, kxy):
+    def off(k):
+        k = np.asarray(k, float)
+        n = len(k)
+        return (k.sum() - np.trace(k)) / (n * (n - 1))
+
+    return float(off(kxx) + off(kyy) - 2 * np.mean(kxy))
+
+
+def p_values(scores, null):
+    s, z = np.asarray(scores, float), np.sort(np.asarray(null, float))
+    s = s if len(s) > 1 else s[0]
+    return (1 + len(z) - np.searchsorted(z, s, side="left")) / (1 + len(z))
+
+
 # %% alternative="loops" of="mmd-alarm"
 predicted_naive = 0
 
@@ -2183,7 +2653,7 @@ card.record("null_days", days, format=",d", label="clean days that the alarm is 
 card.record("alarm_false", alarm_false[0], low=alarm_false[1], high=alarm_false[2], format=".1%", tolerance=0.005, label="false alarms, calibrated on days")  # fmt: skip
 
 # %% [markdown]
-# The permutation test is exact, for tickets that are exchangeable. A day's tickets are not: twelve come from one customer and name the same few products, so they resemble each other more than tickets of twelve customers do. The test finds, correctly, that a day is no random sample of tickets, on {{naive_false}} of the days, and calls it drift. The fewer customers write on a day, the worse; when each ticket is another customer's, it keeps its promise ({{naive_spread}}). **Shuffle what is independent**: here days, elsewhere users, sessions or shops.
+# The permutation test is exact, for tickets that are exchangeable. A day's tickets are not: twelve come from one customer and name the same few products, so they resemble each other more than tickets of twelve customers do. The test finds, correctly, that a day is no random sample of tickets, on {{naive_false}} of the days, and calls it drift. The fewer customers write on a day, the worse; when each ticket is another customer's, it keeps its promise ({{naive_spread}}; less than 1 %, since one ticket of everybody is more even than chance). **Shuffle what is independent**: here days, elsewhere users, sessions or shops.
 #
 # Calibrated on days the alarm fires on {{alarm_false}} ({{alarm_false:interval}}) of clean ones. The level is 0.5 % and not 1 % for a reason: the null is itself a sample. With {{null_days}} days the twentieth largest score is the limit, and the rate that it really has varies from calibration to calibration: it has a beta distribution with the parameters 20 and 3,981, of which 98 % lie between 0.28 % and 0.79 %. So the one per cent holds for this calibration and not only for the mean of all.
 #
@@ -2237,7 +2707,8 @@ kinds: dict[str, list[Ticket]] = {
     "a new policy": each_ticket(new_policy),
 }
 for name in ("product codes", "a quoted mail", "lower case", "a new policy"):
-    print(f"{name}: {kinds[name][1].text!r} -> {kinds[name][1].triage.action}")
+    before, after = next((b, a) for b, a in zip(again, kinds[name], strict=True) if b != a)
+    print(f"{name}: {after.text!r}; {before.triage.action} -> {after.triage.action}")
 
 model.set_adapter("triage")
 texts = {ticket.text: ticket for tickets in (*kinds.values(), flat(desk_tickets)) for ticket in tickets}
@@ -2381,11 +2852,11 @@ for width, style in ((1, "--"), (5, "-")):
             )
         marks[name, width] = float(np.interp(200, to_false, delay))
 ax.set(xscale="log", yscale="log", xlabel="days to a false alarm (mean)", ylabel="days to detection (mean)",
-       title="What a false alarm less costs")  # fmt: skip
+       title="The price of fewer false alarms")  # fmt: skip
 for axis in (ax.xaxis, ax.yaxis):
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
-ax.set_yticks([1, 2, 5, 10, 20, 50])
+ax.set_yticks([1, 2, 5, 10, 20, 50, 100])
 label_lines(ax)
 plt.show()
 for name, key in (("footer on 1 in 2", "half"), ("footer on all", "footer")):
@@ -2423,7 +2894,7 @@ class Terms:
 # - The drift is there today. On each day `t` it is still there with probability `(1 - terms.ends) ** t`. It saves `gain * terms.tickets * terms.wrong` on each day `d, d + 1, …, terms.horizon - 1` on which it is there, and nothing on the others.
 # - `n` labels cost `n * terms.label`, the run costs `terms.training`.
 #
-# Return `(n, value)` of the largest value; of equal values the smaller `n`. If no value is positive, return `(0, 0.0)`: leave it.
+# Return `(n, value)` of the largest value; of equal values the smaller `n`. If no value is positive, or `gains` is empty, return `(0, 0.0)`: leave it.
 #
 # With `Terms(label=1, training=10, wrong=2, tickets=50, labels_a_day=4, ends=0.5, horizon=4)`, `decide({4: 0.5}, terms)` is `(4, 4.75)`: the adapter serves on days 2 and 3, on which the drift is there with 0.25 and 0.125; that saves 18.75 and costs 14. *About 8 lines.*
 #
@@ -2450,6 +2921,7 @@ def decide(gains: Mapping[int, float], terms: Terms) -> tuple[int, float]:
 # %% check="retrain" points=2
 base = Terms(label=1, training=10, wrong=2, tickets=50, labels_a_day=4, ends=0.5, horizon=4)
 got = decide({4: 0.5}, base)
+assert isinstance(got, tuple | list), f"Return a pair, (n, value); yours is {got!r}"
 assert len(got) == 2, f"Return (n, value); yours is {got}"
 assert abs(got[1] - 86) > 1e-9, (
     "The drift may end: day t counts with the probability (1 - ends) ** t that it is still there"
@@ -2459,9 +2931,16 @@ assert got[0] == 4, f"With the example of the statement: (4, 4.75); yours is {go
 assert abs(got[1] - 4.75) < 1e-9, (
     f"With the example of the statement the value is 4.75: days 2 and 3 of horizon 4, labels and training paid; yours is {got[1]}"
 )
-late = decide({4: 0.5, 5: 0.5}, replace(base, label=0))
-assert late[0] == 4, f"Five labels at four a day take two days, so the fifth costs a day: 4; yours is {late}"
-slow = decide({4: 0.4, 400: 0.6}, replace(base, ends=0.0, horizon=90, tickets=10, label=0))
+late = decide({5: 0.5}, replace(base, label=0, training=0))
+assert abs(late[1] - 6.25) < 1e-9, (
+    f"Five labels at four a day take two days, so the fifth costs a day: day 3 alone is left, 6.25; yours is {late}"
+)
+try:
+    slow = decide({4: 0.4, 400: 0.6}, replace(base, ends=0.0, horizon=90, tickets=10, label=0))
+except ZeroDivisionError as error:
+    raise AssertionError(
+        "With ends = 0 the drift stays for good: a closed form that divides by it needs that case"
+    ) from error
 assert slow[0] == 4, (
     f"400 labels at four a day come after the horizon: the larger gain is worth nothing by then, choose 4; yours is {slow}"
 )
@@ -2479,21 +2958,26 @@ for _ in range(40):
         _value = _gains[_n] * _terms.tickets * _terms.wrong * _days - _n * _terms.label - _terms.training
         _best = max(_best, (_n, _value), key=lambda pair: pair[1])
     _got = decide(dict(sorted(_gains.items(), reverse=True)), _terms)
+    assert _got is not None, "Where nothing pays, the answer is still a pair: (0, 0.0)"
     assert _got[0] == _best[0], f"{_gains}, {_terms}: {_best}; yours is {_got}"
     assert abs(_got[1] - _best[1]) < 1e-6, f"{_gains}, {_terms}: {_best}; yours is {_got}"
 ### END HIDDEN TESTS
 
 # %% check="retrain" points=1
 got = decide({4: 0.05, 8: 0.04}, base)
+assert got is not None, "Where nothing pays, the answer is still a pair: (0, 0.0)"
 assert tuple(got) == (0, 0.0), (
     f"No size pays here: not retraining is worth 0, and that is the best. Return (0, 0.0); yours is {got}"
 )
-equal = decide({8: 0.5, 4: 0.5}, replace(base, label=0, labels_a_day=100))
+options = {8: 0.5, 4: 0.5}
+equal = decide(options, replace(base, label=0, labels_a_day=100))
 assert equal[0] == 4, f"Of equal values the smaller n, whatever the order of the dictionary; yours is {equal}"
+assert options == {8: 0.5, 4: 0.5}, f"decide changed gains to {options}: whoever calls it needs them again"
 short = decide({40: 0.9}, replace(base, horizon=5))
 assert tuple(short) == (0, 0.0), f"Labels that come after the horizon save nothing; (0, 0.0); yours is {short}"
 ### BEGIN HIDDEN TESTS
 assert tuple(decide({}, base)) == (0, 0.0), "Without an option: leave it"
+assert tuple(decide({4: 0.0}, replace(base, training=0, label=0))) == (0, 0.0), "A value of 0 is not positive: leave it"
 assert tuple(decide({4: -0.2}, replace(base, training=0, label=0))) == (0, 0.0), "A retraining that harms is left"
 _late = decide({400: -0.5}, Terms(0, 0, 2, 50, 4, 0.0, 5))
 assert tuple(_late) == (0, 0.0), (
@@ -2576,6 +3060,55 @@ def decide(gains, terms):
     return best, options[best]
 
 
+# %% mistake="empties the dictionary" of="retrain" says="decide changed gains"
+def decide(gains, terms):
+    best = (0, 0.0)
+    for n in sorted(gains):
+        gain = gains.pop(n)
+        d = math.ceil(n / terms.labels_a_day) + 1
+        days_on = sum((1 - terms.ends) ** t for t in range(d, terms.horizon))
+        value = gain * terms.tickets * terms.wrong * days_on - n * terms.label - terms.training
+        if value > best[1]:
+            best = (n, value)
+    return best
+
+
+# %% mistake="a drift that stays for good" of="retrain" says="With ends = 0"
+def decide(gains, terms):
+    best = (0, 0.0)
+    for n, gain in sorted(gains.items()):
+        d = math.ceil(n / terms.labels_a_day) + 1
+        days_on = max(0, (1 - terms.ends) ** d - (1 - terms.ends) ** terms.horizon) / terms.ends
+        value = gain * terms.tickets * terms.wrong * days_on - n * terms.label - terms.training
+        if value > best[1]:
+            best = (n, value)
+    return best
+
+
+# %% mistake="nothing where nothing pays" of="retrain" says="still a pair"
+def decide(gains, terms):
+    best = (0, 0.0)
+    for n, gain in sorted(gains.items()):
+        d = math.ceil(n / terms.labels_a_day) + 1
+        days_on = sum((1 - terms.ends) ** t for t in range(d, terms.horizon))
+        value = gain * terms.tickets * terms.wrong * days_on - n * terms.label - terms.training
+        if value > best[1]:
+            best = (n, value)
+    return best if best[0] else None
+
+
+# %% mistake="worth nothing, done" of="retrain" says="A value of 0 is not positive"
+def decide(gains, terms):
+    best = (0, -1e-9)
+    for n, gain in sorted(gains.items()):
+        d = math.ceil(n / terms.labels_a_day) + 1
+        days_on = sum((1 - terms.ends) ** t for t in range(d, terms.horizon))
+        value = gain * terms.tickets * terms.wrong * days_on - n * terms.label - terms.training
+        if value >= 0 and value > best[1]:
+            best = (n, value)
+    return best if best[0] else (0, 0.0)
+
+
 # %% alternative="a closed form" of="retrain"
 def decide(gains, terms):
     def value(n):
@@ -2632,7 +3165,7 @@ model.requires_grad_(False)
 terms = Terms(label=1.5, training=120, wrong=4, tickets=200, labels_a_day=40, ends=0.05, horizon=60)
 gains = {name: {n: mean for n, (mean, _, _) in curve.items()} for name, curve in curves.items()}
 for name in gains:
-    print(name, "->", decide(gains[name], terms))
+    print("{}: {} labels, worth {:,.0f} euros".format(name, *decide(gains[name], terms)))
 
 stays, volumes = np.geomspace(2, 60, 25), np.geomspace(2, 400, 25)
 policy_gains = gains["a new policy"]

@@ -95,6 +95,9 @@ def test_every_other_cause_meets_one(desk: incident.Bundle) -> None:
     ("answer", "says"),
     [
         ({"replica": "r1"}, "not the replica"),
+        ({"replica": pd.Series(["r3"])}, "is a name"),
+        ({"cause": pd.Series(["skew"])}, "one of the keys"),
+        ({"share": 1 / 3}, "one replica of three"),
         ({"since": 74}, "too late"),
         ({"since": 22}, "too early"),
         ({"since": 2465.0}, "looks like seconds"),
