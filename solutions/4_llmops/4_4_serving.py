@@ -67,6 +67,7 @@ from labkit.plots import COLOURS, direct_label, label_lines, use_house_style
 from labkit.predict import compare
 from labkit.results import ResultCard
 from labkit.servers import free_port, process, serving
+from labkit.threads import in_thread
 from labkit.world import LESSON_SEEDS, World
 from labkit.world.draw import Draw
 
@@ -3958,7 +3959,7 @@ def release(grace: float, room: int) -> Counter[str]:
                     await stopping
                     return results
 
-            outcome = Counter(load_test.in_thread(main))
+            outcome = Counter(in_thread(lambda: asyncio.run(main())))
             try:
                 httpx.post(f"{url}/work/1", trust_env=False)
             except httpx.ConnectError:
