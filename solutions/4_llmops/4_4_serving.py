@@ -254,9 +254,9 @@ card.record(
 #
 # `peft` has another way: `generate(..., adapter_names=[...])` takes one name a row, so that requests for different adapters share a batch. It computes the base once for all rows and each adapter for its own rows.
 #
-# **Exercise.** Write `reply_together(policy, tokenizer, requests, longest, **options)`. `requests` is a list of `(adapter, ids)`, where `ids` are the token ids of a prompt (1 or more, of different lengths). Return a list with the new token ids of each request, in the order of the requests.
+# **Exercise.** Write `reply_together(policy, tokenizer, requests, longest, **options)`. `requests` is a list of `(adapter, ids)`, where `ids` are the token ids of a prompt (1 or more, of different lengths; leave them as they are). Return a list with the new token ids of each request, in the order of the requests.
 #
-# - One call of `policy.generate` for all requests: greedy (`do_sample=False`), at most `longest` new tokens, and `options` handed on to it as they are. Prompts of different lengths are padded **on the left** with `tokenizer.pad_token_id`, and the attention mask is 0 there.
+# - One call of `policy.generate` for all requests: greedy (`do_sample=False`), at most `longest` new tokens, and `options` handed on to it as they are. Prompts of different lengths are padded **on the left** with `tokenizer.pad_token_id`, and the attention mask is 0 there and nowhere else.
 # - Each row by its own adapter, through `adapter_names`, **also when all rows want the same one**. `set_adapter` is not called.
 # - A reply ends with its first `tokenizer.eos_token_id`, which belongs to it; what `generate` put after it doesn't. A reply that was cut at `longest` has none.
 # - No requests give `[]`.
@@ -354,19 +354,29 @@ for (adapter, ids), got, want in zip(few, together, alone, strict=True):
         f"on the left and masked? Alone: {tokenizer.decode(want)!r}; yours: {tokenizer.decode(got)!r}"
     )
 ### BEGIN HIDDEN TESTS
+from types import SimpleNamespace
+
 _draw = Draw("mixed")
 _lengths = (3, 40, 11, 40, 1, 25)
 _rows = [(ADAPTERS[_draw.below(3)], [_draw.between(100, 900) for _ in range(_n)]) for _n in _lengths]
+_rows.append((ADAPTERS[0], [tokenizer.pad_token_id, 300, tokenizer.pad_token_id, 301]))
 _alone = [reply_alone(_a, _ids, 9) for _a, _ids in _rows]
+_before = [(_a, list(_ids)) for _a, _ids in _rows]
 _got = [[int(i) for i in _r] for _r in reply_together(policy, tokenizer, _rows, 9)]
+assert _rows == _before, "Pad copies: the caller's lists of ids must stay as they are"
+assert _got[-1] == _alone[-1], "The mask is 0 where you padded: a pad token inside a prompt is a token like others"
 assert _got == _alone, "Each row as alone, in the order of the requests, for any lengths, cut at longest"
 assert list(reply_together(policy, tokenizer, [], 9)) == [], "No requests, no replies"
 
 
 class _Scripted:
-    def generate(self, input_ids, **others):
+    def __getattr__(self, name):
+        return getattr(policy, name)
+
+    def generate(self, input_ids, return_dict_in_generate=False, **others):
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-        return torch.cat([input_ids, torch.tensor([[5, end, end, end], [6, 7, 8, end], [9, pad, 8, 7]])], 1)
+        out = torch.cat([input_ids, torch.tensor([[5, end, end, end], [6, 7, 8, end], [9, pad, 8, 7]])], 1)
+        return SimpleNamespace(sequences=out) if return_dict_in_generate else out
 
 
 _got = reply_together(_Scripted(), tokenizer, [("triage", [4]), ("agent", [4, 4]), ("triage", [4])], 4)
@@ -430,6 +440,9 @@ def _count(_ids, _scores, **_others):
 
 reply_together(policy, tokenizer, few, 4, stopping_criteria=[_count])
 assert set(_seen) == {3}, "options go to generate as they are, and the batch has a row for each request"
+assert len(_seen) <= 4, (
+    f"At most longest = 4 new tokens are to be computed, not cut afterwards; yours made {len(_seen)}"
+)
 ### END HIDDEN TESTS
 
 
@@ -580,6 +593,62 @@ def reply_together(policy, tokenizer, requests, longest, **options):
     )
     rows = out[:, width:].tolist()
     return [row[: row.index(2) + 1] if 2 in row else row for row in rows]
+
+
+# %% mistake="masks every pad token" of="mixed-batch" says="a pad token inside a prompt"
+def reply_together(policy, tokenizer, requests, longest, **options):
+    if not requests:
+        return []
+    width, pad, eos = max(len(ids) for _, ids in requests), tokenizer.pad_token_id, tokenizer.eos_token_id
+    x = torch.tensor([[pad] * (width - len(ids)) + list(ids) for _, ids in requests])
+    given = {"input_ids": x, "attention_mask": (x != pad).long(), "adapter_names": [name for name, _ in requests]}
+    out = policy.generate(**given, max_new_tokens=longest, do_sample=False, **options)
+    return [row[: row.index(eos) + 1] if eos in row else row for row in out[:, width:].tolist()]
+
+
+# %% mistake="pads the caller's lists" of="mixed-batch" says="the caller's lists of ids must stay"
+def reply_together(policy, tokenizer, requests, longest, **options):
+    if not requests:
+        return []
+    width, pad, eos = max(len(ids) for _, ids in requests), tokenizer.pad_token_id, tokenizer.eos_token_id
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in requests])
+    for _, ids in requests:
+        ids[:0] = [pad] * (width - len(ids))
+    given = {"input_ids": torch.tensor([ids for _, ids in requests]), "attention_mask": mask}
+    names = [name for name, _ in requests]
+    out = policy.generate(**given, adapter_names=names, max_new_tokens=longest, do_sample=False, **options)
+    return [row[: row.index(eos) + 1] if eos in row else row for row in out[:, width:].tolist()]
+
+
+# %% mistake="computes 32 tokens and cuts" of="mixed-batch" says="not cut afterwards"
+def reply_together(policy, tokenizer, requests, longest, **options):
+    if not requests:
+        return []
+    width, pad, eos = max(len(ids) for _, ids in requests), tokenizer.pad_token_id, tokenizer.eos_token_id
+    x = torch.tensor([[pad] * (width - len(ids)) + list(ids) for _, ids in requests])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in requests])
+    given = {"input_ids": x, "attention_mask": mask, "adapter_names": [name for name, _ in requests]}
+    rows = policy.generate(**given, max_new_tokens=32, do_sample=False, **options)[:, width:].tolist()
+    return [row[: row.index(eos) + 1][:longest] if eos in row else row[:longest] for row in rows]
+
+
+# %% alternative="on the model's device, with a dictionary as answer" of="mixed-batch"
+def reply_together(policy, tokenizer, requests, longest, **options):
+    if not requests:
+        return []
+    prompts = [torch.tensor(ids, device=policy.device) for _, ids in requests]
+    width, pad, eos = max(map(len, prompts)), tokenizer.pad_token_id, tokenizer.eos_token_id
+    x = torch.stack([torch.nn.functional.pad(ids, (width - len(ids), 0), value=pad) for ids in prompts])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(ids), (width - len(ids), 0)) for ids in prompts])
+    answer = policy.generate(
+        input_ids=x, attention_mask=mask, adapter_names=tuple(name for name, _ in requests),
+        max_length=width + longest, do_sample=False, return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    replies = []
+    for row in answer.sequences[:, width:]:
+        ends = (row == eos).nonzero().flatten().tolist()
+        replies.append(tuple(row[: ends[0] + 1] if ends else row))
+    return replies
 
 
 # %% alternative="the tokenizer pads" of="mixed-batch"
