@@ -6,15 +6,14 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import httpx
 
-T = TypeVar("T")
+from labkit.threads import in_thread
 
 PATH = "/v1/chat/completions"
 
@@ -45,25 +44,6 @@ class Sample(NamedTuple):
     ok: bool
 
 
-def in_thread(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run an async function to its end in a thread of its own, since a notebook's loop is running already."""
-    found: list[T] = []
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            found.append(asyncio.run(main()))
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return found[0]
-
-
 def open_loop(url: str, bodies: Sequence[dict[str, Any]], due: Sequence[float]) -> list[Sample]:
     """POST each body to the chat endpoint at `url` when it is due (seconds from now), answered or not the others."""
 
@@ -83,7 +63,7 @@ def open_loop(url: str, bodies: Sequence[dict[str, Any]], due: Sequence[float]) 
 
             return await asyncio.gather(*(one(body, at) for body, at in zip(bodies, due, strict=True)))
 
-    return in_thread(main)
+    return in_thread(lambda: asyncio.run(main()))
 
 
 class LocustReport(NamedTuple):

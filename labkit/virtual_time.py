@@ -6,14 +6,22 @@ measures with `loop.time()` is then exact, and a program that would wait for eve
 
 import asyncio
 import selectors
-import threading
+import sys
 from collections.abc import Awaitable, Callable
+from types import FrameType
 from typing import Any, TypeVar
+
+from labkit.threads import in_thread
 
 T = TypeVar("T")
 
 TURNS = 200_000
 """Turns of the loop without any progress of the clock after which a program counts as stuck."""
+
+CALLS = 5_000_000
+"""Calls and returns within one turn after which it does, too; 32 tokens of `generate` make 200,000."""
+
+_CIRCLES = "a task goes round in circles without waiting for anything"
 
 
 class StuckError(RuntimeError):
@@ -23,26 +31,12 @@ class StuckError(RuntimeError):
 def run(main: Callable[[], Awaitable[T]]) -> T:
     """Run an async function to its end on a clock that starts at 0, and return what it returns.
 
-    It runs in a thread of its own, since a notebook's loop is running already, and the thread ends with it. Threads and
+    It runs in a thread of its own, since a notebook's loop is running already. Threads and
     sockets have no place in a simulated time: the program may wait for timers and for its own tasks only.
 
     Raises `StuckError` when it would never end.
     """
-    found: list[T] = []
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            found.append(_run(main))
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return found[0]
+    return in_thread(lambda: _run(main))
 
 
 class _Clock(selectors.SelectSelector):
@@ -52,15 +46,25 @@ class _Clock(selectors.SelectSelector):
         super().__init__()
         self.now = 0.0
         self._turns = 0
+        self._calls = 0
+        self._stuck = "every task waits for something that will never happen"
 
     def select(self, timeout: float | None = None) -> list[Any]:
         if timeout is None:
-            raise StuckError("every task waits for something that will never happen")
+            raise StuckError(self._stuck)
+        self._calls = 0
         self._turns = 0 if timeout > 0 else self._turns + 1
         if self._turns > TURNS:
-            raise StuckError("a task goes round in circles without waiting for anything")
+            raise StuckError(_CIRCLES)
         self.now += max(timeout, 0.0)
         return []
+
+    def count_call(self, frame: FrameType, event: str, argument: object) -> None:
+        """A profile function that stops a task which never gives the loop its turn."""
+        self._calls += 1
+        if self._calls > CALLS:
+            self._stuck = _CIRCLES  # the error may end in that task, and the rest of the program wait for it
+            raise StuckError(_CIRCLES)
 
 
 class _Loop(asyncio.SelectorEventLoop):
@@ -73,11 +77,14 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 def _run(main: Callable[[], Awaitable[T]]) -> T:
-    loop = _Loop(_Clock())
+    clock = _Clock()
+    loop = _Loop(clock)
     asyncio.set_event_loop(loop)
+    sys.setprofile(clock.count_call)  # of this thread only, which ends with the program
     try:
         return loop.run_until_complete(main())
     finally:
+        sys.setprofile(None)
         try:
             _end(loop)
         finally:

@@ -59,6 +59,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from IPython.display import display
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 from labkit import agent, assistant, load_test, virtual_time
 from labkit.base_model.finetune import chat_prompt
@@ -67,6 +68,7 @@ from labkit.plots import COLOURS, direct_label, label_lines, use_house_style
 from labkit.predict import compare
 from labkit.results import ResultCard
 from labkit.servers import free_port, process, serving
+from labkit.threads import in_thread
 from labkit.world import LESSON_SEEDS, World
 from labkit.world.draw import Draw
 
@@ -240,7 +242,8 @@ locked = naive_answers(twelve, lock=True)
 crosstalk_naive = sum(got != want for got, want in zip(naive, wanted, strict=True))
 crosstalk_locked = sum(got != want for got, want in zip(locked, wanted, strict=True))
 for row in (0, 4):
-    print(twelve[row][0], "asked, and got:", tokenizer.decode(naive[row], skip_special_tokens=True))
+    got, want = (tokenizer.decode(ids[row], skip_special_tokens=True) for ids in (naive, wanted))
+    print(f"{twelve[row][0]} asked, and got {got!r} in place of {want!r}")
 print(f"\nanswered by another adapter: {crosstalk_naive} of 12, with a lock {crosstalk_locked} of 12")
 card.record(
     "crosstalk_naive", crosstalk_naive, format="d", label="of 12 concurrent requests, answered by another's adapter"
@@ -251,9 +254,9 @@ card.record(
 #
 # `peft` has another way: `generate(..., adapter_names=[...])` takes one name a row, so that requests for different adapters share a batch. It computes the base once for all rows and each adapter for its own rows.
 #
-# **Exercise.** Write `reply_together(policy, tokenizer, requests, longest, **options)`. `requests` is a list of `(adapter, ids)`, where `ids` are the token ids of a prompt (1 or more, of different lengths). Return a list with the new token ids of each request, in the order of the requests.
+# **Exercise.** Write `reply_together(policy, tokenizer, requests, longest, **options)`. `requests` is a list of `(adapter, ids)`, where `ids` are the token ids of a prompt (1 or more, of different lengths; leave them as they are). Return a list with the new token ids of each request, in the order of the requests.
 #
-# - One call of `policy.generate` for all requests: greedy (`do_sample=False`), at most `longest` new tokens, and `options` handed on to it as they are. Prompts of different lengths are padded **on the left** with `tokenizer.pad_token_id`, and the attention mask is 0 there.
+# - One call of `policy.generate` for all requests: greedy (`do_sample=False`), at most `longest` new tokens, and `options` handed on to it as they are. Prompts of different lengths are padded **on the left** with `tokenizer.pad_token_id`, and the attention mask is 0 there and nowhere else.
 # - Each row by its own adapter, through `adapter_names`, **also when all rows want the same one**. `set_adapter` is not called.
 # - A reply ends with its first `tokenizer.eos_token_id`, which belongs to it; what `generate` put after it doesn't. A reply that was cut at `longest` has none.
 # - No requests give `[]`.
@@ -351,19 +354,29 @@ for (adapter, ids), got, want in zip(few, together, alone, strict=True):
         f"on the left and masked? Alone: {tokenizer.decode(want)!r}; yours: {tokenizer.decode(got)!r}"
     )
 ### BEGIN HIDDEN TESTS
+from types import SimpleNamespace
+
 _draw = Draw("mixed")
 _lengths = (3, 40, 11, 40, 1, 25)
 _rows = [(ADAPTERS[_draw.below(3)], [_draw.between(100, 900) for _ in range(_n)]) for _n in _lengths]
+_rows.append((ADAPTERS[0], [tokenizer.pad_token_id, 300, tokenizer.pad_token_id, 301]))
 _alone = [reply_alone(_a, _ids, 9) for _a, _ids in _rows]
+_before = [(_a, list(_ids)) for _a, _ids in _rows]
 _got = [[int(i) for i in _r] for _r in reply_together(policy, tokenizer, _rows, 9)]
+assert _rows == _before, "Pad copies: the caller's lists of ids must stay as they are"
+assert _got[-1] == _alone[-1], "The mask is 0 where you padded: a pad token inside a prompt is a token like others"
 assert _got == _alone, "Each row as alone, in the order of the requests, for any lengths, cut at longest"
 assert list(reply_together(policy, tokenizer, [], 9)) == [], "No requests, no replies"
 
 
 class _Scripted:
-    def generate(self, input_ids, **others):
+    def __getattr__(self, name):
+        return getattr(policy, name)
+
+    def generate(self, input_ids, return_dict_in_generate=False, **others):
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-        return torch.cat([input_ids, torch.tensor([[5, end, end, end], [6, 7, 8, end], [9, pad, 8, 7]])], 1)
+        out = torch.cat([input_ids, torch.tensor([[5, end, end, end], [6, 7, 8, end], [9, pad, 8, 7]])], 1)
+        return SimpleNamespace(sequences=out) if return_dict_in_generate else out
 
 
 _got = reply_together(_Scripted(), tokenizer, [("triage", [4]), ("agent", [4, 4]), ("triage", [4])], 4)
@@ -427,6 +440,9 @@ def _count(_ids, _scores, **_others):
 
 reply_together(policy, tokenizer, few, 4, stopping_criteria=[_count])
 assert set(_seen) == {3}, "options go to generate as they are, and the batch has a row for each request"
+assert len(_seen) <= 4, (
+    f"At most longest = 4 new tokens are to be computed, not cut afterwards; yours made {len(_seen)}"
+)
 ### END HIDDEN TESTS
 
 
@@ -579,6 +595,62 @@ def reply_together(policy, tokenizer, requests, longest, **options):
     return [row[: row.index(2) + 1] if 2 in row else row for row in rows]
 
 
+# %% mistake="masks every pad token" of="mixed-batch" says="a pad token inside a prompt"
+def reply_together(policy, tokenizer, requests, longest, **options):
+    if not requests:
+        return []
+    width, pad, eos = max(len(ids) for _, ids in requests), tokenizer.pad_token_id, tokenizer.eos_token_id
+    x = torch.tensor([[pad] * (width - len(ids)) + list(ids) for _, ids in requests])
+    given = {"input_ids": x, "attention_mask": (x != pad).long(), "adapter_names": [name for name, _ in requests]}
+    out = policy.generate(**given, max_new_tokens=longest, do_sample=False, **options)
+    return [row[: row.index(eos) + 1] if eos in row else row for row in out[:, width:].tolist()]
+
+
+# %% mistake="pads the caller's lists" of="mixed-batch" says="the caller's lists of ids must stay"
+def reply_together(policy, tokenizer, requests, longest, **options):
+    if not requests:
+        return []
+    width, pad, eos = max(len(ids) for _, ids in requests), tokenizer.pad_token_id, tokenizer.eos_token_id
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in requests])
+    for _, ids in requests:
+        ids[:0] = [pad] * (width - len(ids))
+    given = {"input_ids": torch.tensor([ids for _, ids in requests]), "attention_mask": mask}
+    names = [name for name, _ in requests]
+    out = policy.generate(**given, adapter_names=names, max_new_tokens=longest, do_sample=False, **options)
+    return [row[: row.index(eos) + 1] if eos in row else row for row in out[:, width:].tolist()]
+
+
+# %% mistake="computes 32 tokens and cuts" of="mixed-batch" says="not cut afterwards"
+def reply_together(policy, tokenizer, requests, longest, **options):
+    if not requests:
+        return []
+    width, pad, eos = max(len(ids) for _, ids in requests), tokenizer.pad_token_id, tokenizer.eos_token_id
+    x = torch.tensor([[pad] * (width - len(ids)) + list(ids) for _, ids in requests])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in requests])
+    given = {"input_ids": x, "attention_mask": mask, "adapter_names": [name for name, _ in requests]}
+    rows = policy.generate(**given, max_new_tokens=32, do_sample=False, **options)[:, width:].tolist()
+    return [row[: row.index(eos) + 1][:longest] if eos in row else row[:longest] for row in rows]
+
+
+# %% alternative="on the model's device, with a dictionary as answer" of="mixed-batch"
+def reply_together(policy, tokenizer, requests, longest, **options):
+    if not requests:
+        return []
+    prompts = [torch.tensor(ids, device=policy.device) for _, ids in requests]
+    width, pad, eos = max(map(len, prompts)), tokenizer.pad_token_id, tokenizer.eos_token_id
+    x = torch.stack([torch.nn.functional.pad(ids, (width - len(ids), 0), value=pad) for ids in prompts])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(ids), (width - len(ids), 0)) for ids in prompts])
+    answer = policy.generate(
+        input_ids=x, attention_mask=mask, adapter_names=tuple(name for name, _ in requests),
+        max_length=width + longest, do_sample=False, return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    replies = []
+    for row in answer.sequences[:, width:]:
+        ends = (row == eos).nonzero().flatten().tolist()
+        replies.append(tuple(row[: ends[0] + 1] if ends else row))
+    return replies
+
+
 # %% alternative="the tokenizer pads" of="mixed-batch"
 def reply_together(policy, tokenizer, requests, longest, **options):
     if len(requests) == 0:
@@ -632,7 +704,7 @@ card.record("useful_share", np.mean(useful), format=".0%", tolerance=0.02, label
 # %% [markdown]
 # A batch takes as long as its longest reply: an answer of 5 tokens waits for a triage of 26, and only {{useful_share}} of the row-steps make a token that somebody gets. *Continuous batching* (Yu et al., 2022) lets a finished row leave and a new one enter after every step; it's what vLLM does.
 #
-# Two limits of `adapter_names`, both in peft's source and both without an error message. It puts a hook into every layer that hands the names over, and takes it out after the call:
+# Two limits of `adapter_names`, both in peft's source and both without an error message. It puts a hook into every LoRA layer that hands the names over, and takes it out after the call:
 #
 # - **The hooks are shared as well.** Two calls in two threads see each other's names.
 # - **They're taken out after the call, but not when it fails** (peft 0.21: there is no `finally`). A client that leaves or a GPU that is out of memory leaves the names of *that* batch in the layers.
@@ -846,8 +918,13 @@ for _size in (1, 2, 3, 5, 99):
         f"Pieces of {_size} bytes must join to {_text!r}; yours: {''.join(_got.pieces)!r}"
     )
     assert all(_got.pieces), f"No piece is empty; yours are {_got.pieces}"
-_got = streamed([b"x\xe2\x82", b"y"])
-assert "".join(_got.pieces) == "x\ufffdy", f"Bytes that never become a character stay \\ufffd; yours: {_got.pieces}"
+_got = streamed([b"x\xe2\x82", b"y", b"z"])
+assert _got.pieces == ["x", "\ufffdy", "z"], (
+    "Bytes that never become a character stay \\ufffd, and hold nothing back once another character follows; wanted 'x', "
+    f"'\\ufffdy', 'z', yours: {_got.pieces}"
+)
+_got = streamed([b"a", b"\xff", b"\xe2\x82", b"\xac"])
+assert _got.pieces == ["a", "\ufffd€"], f"All \\ufffd at the end are held back, not one; yours: {_got.pieces}"
 ### END HIDDEN TESTS
 
 # %% check="stream-frames" points=1
@@ -935,6 +1012,18 @@ virtual_time.run(_after_stop)
 assert _taken == [0, 1], "No token is read after a stop text: the model would go on for nobody"
 _got = streamed([b"a", b"\xc3", b"\xbc", b"b"], ("üb",))
 assert ("".join(_got.pieces), _got.finish) == ("a", "stop"), f"A stop text may begin in half a character: {_got.pieces}"
+_got = streamed([b"a\n", b"\xc3", b"\xbc"], ("\nü",))
+assert "".join(_got.pieces) == "a", (
+    f"The end that may become a stop text stands before the held \\ufffd, and waits as well: 'a'; yours: {_got.pieces}"
+)
+_got = streamed([b"x##", b"#!"], ("###!", "#?"))
+assert "".join(_got.pieces) == "x", (
+    f"'##' begins the first stop text, '#' the second: the longest such end waits; yours: {_got.pieces}"
+)
+_got = streamed([b"a|b|c"], ("|",))
+assert "".join(_got.pieces) == "a", (
+    f"A stop text that occurs twice ends the reply the first time: 'a'; yours: {_got.pieces}"
+)
 ### END HIDDEN TESTS
 
 
@@ -1111,6 +1200,146 @@ async def frames(ident, model, tokens, decode, eos, stop):
     yield "data: [DONE]\n\n"
 
 
+# %% mistake="the last stop text decides how much waits" of="stream-frames" says="the longest such end waits"
+async def frames(ident, model, tokens, decode, eos, stop):
+    yield frame(ident, model, {"role": "assistant", "content": ""})
+    ids, text, sent, finish = [], "", 0, "length"
+    async for token in tokens:
+        if token == eos:
+            finish = "stop"
+            break
+        ids.append(token)
+        text = decode(ids)
+        found = [text.find(one) for one in stop if one in text]
+        if found:
+            text, finish = text[: min(found)], "stop"
+            break
+        sure, held = text.rstrip("\ufffd"), 0
+        for one in stop:
+            for n in range(1, len(one)):
+                if sure.endswith(one[:n]):
+                    held = n
+        if len(sure) - held > sent:
+            yield frame(ident, model, {"content": text[sent : len(sure) - held]})
+            sent = len(sure) - held
+    if text[sent:]:
+        yield frame(ident, model, {"content": text[sent:]})
+    yield frame(ident, model, {}, finish)
+    yield "data: [DONE]\n\n"
+
+
+# %% mistake="looks for the beginning of a stop text behind half a character" of="stream-frames" says="stands before the held"
+async def frames(ident, model, tokens, decode, eos, stop):
+    yield frame(ident, model, {"role": "assistant", "content": ""})
+    ids, text, sent, finish = [], "", 0, "length"
+    async for token in tokens:
+        if token == eos:
+            finish = "stop"
+            break
+        ids.append(token)
+        text = decode(ids)
+        found = [text.find(one) for one in stop if one in text]
+        if found:
+            text, finish = text[: min(found)], "stop"
+            break
+        sure, held = text.rstrip("\ufffd"), 0
+        for one in stop:
+            for n in range(1, len(one)):
+                if text.endswith(one[:n]):
+                    held = max(held, n)
+        if len(sure) - held > sent:
+            yield frame(ident, model, {"content": text[sent : len(sure) - held]})
+            sent = len(sure) - held
+    if text[sent:]:
+        yield frame(ident, model, {"content": text[sent:]})
+    yield frame(ident, model, {}, finish)
+    yield "data: [DONE]\n\n"
+
+
+# %% mistake="takes the last occurrence" of="stream-frames" says="ends the reply the first time"
+async def frames(ident, model, tokens, decode, eos, stop):
+    yield frame(ident, model, {"role": "assistant", "content": ""})
+    ids, text, sent, finish = [], "", 0, "length"
+    async for token in tokens:
+        if token == eos:
+            finish = "stop"
+            break
+        ids.append(token)
+        text = decode(ids)
+        found = [text.rfind(one) for one in stop if one in text]
+        if found:
+            text, finish = text[: min(found)], "stop"
+            break
+        sure, held = text.rstrip("\ufffd"), 0
+        for one in stop:
+            for n in range(1, len(one)):
+                if sure.endswith(one[:n]):
+                    held = max(held, n)
+        if len(sure) - held > sent:
+            yield frame(ident, model, {"content": text[sent : len(sure) - held]})
+            sent = len(sure) - held
+    if text[sent:]:
+        yield frame(ident, model, {"content": text[sent:]})
+    yield frame(ident, model, {}, finish)
+    yield "data: [DONE]\n\n"
+
+
+# %% mistake="waits behind a broken byte to the end" of="stream-frames" says="hold nothing back once another character follows"
+async def frames(ident, model, tokens, decode, eos, stop):
+    yield frame(ident, model, {"role": "assistant", "content": ""})
+    ids, text, sent, finish = [], "", 0, "length"
+    async for token in tokens:
+        if token == eos:
+            finish = "stop"
+            break
+        ids.append(token)
+        text = decode(ids)
+        found = [text.find(one) for one in stop if one in text]
+        if found:
+            text, finish = text[: min(found)], "stop"
+            break
+        sure, held = text.partition("\ufffd")[0], 0
+        for one in stop:
+            for n in range(1, len(one)):
+                if sure.endswith(one[:n]):
+                    held = max(held, n)
+        if len(sure) - held > sent:
+            yield frame(ident, model, {"content": text[sent : len(sure) - held]})
+            sent = len(sure) - held
+    if text[sent:]:
+        yield frame(ident, model, {"content": text[sent:]})
+    yield frame(ident, model, {}, finish)
+    yield "data: [DONE]\n\n"
+
+
+# %% mistake="holds one broken byte back" of="stream-frames" says="are held back, not one"
+async def frames(ident, model, tokens, decode, eos, stop):
+    yield frame(ident, model, {"role": "assistant", "content": ""})
+    ids, text, sent, finish = [], "", 0, "length"
+    async for token in tokens:
+        if token == eos:
+            finish = "stop"
+            break
+        ids.append(token)
+        text = decode(ids)
+        found = [text.find(one) for one in stop if one in text]
+        if found:
+            text, finish = text[: min(found)], "stop"
+            break
+        sure, held = text.removesuffix("\ufffd"), 0
+        for one in stop:
+            for n in range(1, len(one)):
+                if sure.endswith(one[:n]):
+                    held = max(held, n)
+        if len(sure) - held > sent:
+            yield frame(ident, model, {"content": text[sent : len(sure) - held]})
+            sent = len(sure) - held
+    if text[sent:]:
+        yield frame(ident, model, {"content": text[sent:]})
+    yield frame(ident, model, {}, finish)
+    yield "data: [DONE]\n\n"
+
+
 # %% alternative="the certain part by shortening" of="stream-frames"
 async def frames(ident, model, tokens, decode, eos, stop):
     yield frame(ident, model, {"role": "assistant", "content": ""})
@@ -1194,7 +1423,7 @@ def failure(status: int, message: str, *, param: str | None = None, code: str | 
 
 
 def base_app(service: Service) -> FastAPI:
-    """An application that lists the service's models and turns its refusals into errors."""
+    """An application that lists the service's models and turns refusals into errors as clients read them."""
     app = FastAPI()
 
     @app.get("/v1/models")
@@ -1206,6 +1435,10 @@ def base_app(service: Service) -> FastAPI:
     async def refused(request: Request, error: RefusedError) -> JSONResponse:
         return failure(error.status, str(error))
 
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> JSONResponse:
+        return failure(error.status_code, str(error.detail))  # no such path; bytes that are no text
+
     return app
 
 
@@ -1216,13 +1449,13 @@ def client_of(url: str) -> openai.OpenAI:
 
 
 # %% [markdown]
-# **Exercise.** Write `make_app(service)`: it adds `POST /v1/chat/completions` to `base_app(service)` and returns the application. The body of a request is a JSON object with these fields and no others:
+# **Exercise.** Write `make_app(service)`: it adds `POST /v1/chat/completions` to `base_app(service)` and returns the application. The body of a request is a JSON object with these fields and no others, in JSON's own types (`"5"` is no number, `"yes"` no boolean):
 #
 # | field | allowed | default |
 # |---|---|---|
 # | `model` | a string | required |
 # | `messages` | 1 to 8 objects with exactly `role` (`"system"`, `"user"` or `"assistant"`) and `content` (1 to 4,000 characters) | required |
-# | `max_tokens` | 1 to 64 | 32 |
+# | `max_tokens` | an integer from 1 to 64 | 32 |
 # | `temperature` | 0 (or 0.0), since replies are greedy | 0 |
 # | `stream` | a boolean | false |
 # | `stop` | null, a string, or a list of at most 4 strings; strings of 1 to 64 characters | null |
@@ -1240,7 +1473,7 @@ def client_of(url: str) -> openai.OpenAI:
 #
 # where `id` is any string that isn't empty. *About 35 lines.*
 #
-# <details><summary>Hint 1</summary>pydantic can hold the whole table: <code>Literal</code>, <code>Field(min_length=…, le=…)</code>, <code>ConfigDict(extra="forbid")</code>. What is left to do by hand?</details>
+# <details><summary>Hint 1</summary>pydantic can hold the whole table: <code>Literal</code>, <code>Field(min_length=…, le=…)</code>, <code>ConfigDict(extra="forbid", strict=True)</code>. What is left to do by hand?</details>
 # <details><summary>Hint 2</summary><code>@app.exception_handler(RequestValidationError)</code> replaces FastAPI's 422. <code>error.errors()[0]["loc"]</code> is <code>("body", "messages", 0, "role")</code>, or <code>("body", 17)</code> for text that is no JSON.</details>
 # <details><summary>Hint 3</summary>Two models (a message, a request; temperature is <code>float = Field(0, ge=0, le=0)</code>), a handler, a route. In the route: model → 404, count → 400, then <code>args = (request.model, [m.model_dump() for m in request.messages], request.max_tokens, stop)</code> for both stream and complete.</details>
 
@@ -1252,12 +1485,12 @@ def make_app(service: Service) -> FastAPI:
     StopText = Annotated[str, Field(min_length=1, max_length=64)]
 
     class Message(BaseModel):
-        model_config = ConfigDict(extra="forbid")
+        model_config = ConfigDict(extra="forbid", strict=True)
         role: Literal["system", "user", "assistant"]
         content: str = Field(min_length=1, max_length=4000)
 
     class ChatRequest(BaseModel):
-        model_config = ConfigDict(extra="forbid")
+        model_config = ConfigDict(extra="forbid", strict=True)
         model: str
         messages: list[Message] = Field(min_length=1, max_length=8)
         max_tokens: int = Field(32, ge=1, le=64)
@@ -1314,7 +1547,7 @@ class Echo:
         self.seen.append((model, messages, max_tokens, stop))
         if self.full:
             raise self.full
-        return Completion(f"{model}: {messages[-1]['content']}", 5, "length")
+        return Completion(f"{model}: {messages[-1]['content']}", 5, "length" if max_tokens > 1 else "stop")
 
     async def stream(self, model: str, messages: list, max_tokens: int, stop: tuple) -> AsyncIterator[str]:
         self.seen.append((model, messages, max_tokens, stop))
@@ -1367,9 +1600,11 @@ assert echo.seen[1] == ("alpha", hello, 7, ()), f"The streamed request hands the
 ### BEGIN HIDDEN TESTS
 _echo = Echo()
 with serving(make_app(_echo)) as _server, httpx.Client(base_url=_server.url, trust_env=False) as _http:
-    for _stop, _want in ((None, ()), (["a", "b"], ("a", "b")), ([], ())):
+    for _stop, _want in ((None, ()), (["a", "b"], ("a", "b")), ([], ()), (["x" * 64] * 4, ("x" * 64,) * 4)):
         _body = {"model": "alpha", "messages": hello, "stop": _stop, "stream": False}
-        assert _http.post("/v1/chat/completions", json=_body).status_code == 200, f"stop={_stop!r} is allowed"
+        _answer = _http.post("/v1/chat/completions", json=_body)
+        assert _answer.status_code == 200, f"stop={_stop!r} is allowed; yours says {_answer.text[:300]}"
+        assert _answer.json().get("created") == 0, f"created is 0, which clients parse; yours: {_answer.text[:200]}"
         assert _echo.seen[-1][3] == _want, (
             f"stop={_stop!r} reaches the service as {_want!r}; it got {_echo.seen[-1][3]!r}"
         )
@@ -1382,8 +1617,12 @@ with serving(make_app(_echo)) as _server, httpx.Client(base_url=_server.url, tru
     ):
         _answer = _http.post("/v1/chat/completions", json=_body)
         assert _answer.status_code == 200, f"At its limits a request is allowed; yours says {_answer.text[:300]}"
+        _finish = "stop" if _body.get("max_tokens") == 1 else "length"
+        assert _answer.json()["choices"][0]["finish_reason"] == _finish, (
+            "Hand the service's finish reason on, each time"
+        )
     _answer = _http.post("/v1/chat/completions", json={"model": "alpha", "messages": hello, "stream": True})
-    assert _answer.headers["content-type"].startswith("text/event-stream"), "A stream is text/event-stream"
+    assert _answer.headers.get("content-type", "").startswith("text/event-stream"), "A stream is text/event-stream"
     assert _http.get("/v1/models").json()["data"][0]["id"] == "alpha", "Build on base_app, which lists the models"
 ### END HIDDEN TESTS
 
@@ -1399,6 +1638,8 @@ BAD = [
     ({"seed": 1}, "seed"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
     ({"stop": ""}, "stop"),
+    ({"max_tokens": "5"}, "max_tokens"),
+    ({"stream": "yes"}, "stream"),
 ]
 echo = Echo()
 with serving(make_app(echo)) as server, httpx.Client(base_url=server.url, trust_env=False) as http:
@@ -1409,7 +1650,7 @@ with serving(make_app(echo)) as server, httpx.Client(base_url=server.url, trust_
     broken = http.post("/v1/chat/completions", content="{not json", headers={"Content-Type": "application/json"})
 for change, param, answer in [*answers, ("text that is no JSON", None, broken)]:
     assert answer.status_code != 200, (
-        f"{str(change)[:80]} is not allowed by the table, and was answered: a limit is missing"
+        f"{str(change)[:80]} is not allowed by the table, and was answered: a limit is missing, or a type is converted"
     )
     assert answer.status_code == 400, (
         f"{str(change)[:80]} must be answered with 400 (FastAPI's own 422 is no status that OpenAI's clients expect here); yours "
@@ -1430,16 +1671,24 @@ with serving(make_app(Echo())) as _server, httpx.Client(base_url=_server.url, tr
         ({"model": "alpha"}, "messages"),
         ({"model": "alpha", "messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages"),
         ({"model": "alpha", "messages": [{"role": "user", "content": ""}]}, "messages"),
+        ({"model": "alpha", "messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"model": "alpha", "messages": hello, "temperature": -0.5}, "temperature"),
         ({"model": "alpha", "messages": hello, "stop": ["ok", ""]}, "stop"),
         ({"model": "alpha", "messages": hello, "stop": "x" * 65}, "stop"),
         ({"model": "alpha", "messages": hello, "stream": "perhaps"}, "stream"),
         ([1, 2], None),
     ):
         _answer = _http.post("/v1/chat/completions", json=_body)
-        assert _answer.status_code == 400, f"{str(_body)[:80]} must be 400; yours is {_answer.status_code}"
+        assert _answer.status_code == 400, f"…{str(_body)[-80:]} must be 400; yours is {_answer.status_code}"
         assert _answer.json()["error"]["param"] == _param, (
-            f"{str(_body)[:80]}: param {_param!r}; yours: {_answer.text[:200]}"
+            f"…{str(_body)[-80:]}: param {_param!r}; yours: {_answer.text[:200]}"
         )
+    _answer = _http.post(
+        "/v1/chat/completions", content=b'{"model": "\xff"}', headers={"Content-Type": "application/json"}
+    )
+    assert (_answer.status_code, list(_answer.json())) == (400, ["error"]), (
+        f"Bytes that are no text are no JSON: 400, and an error as clients read it; yours: {_answer.text[:200]}"
+    )
 ### END HIDDEN TESTS
 
 # %% check="chat-endpoint" points=1
@@ -1927,6 +2176,221 @@ def make_app(service):
     return app
 
 
+# %% mistake="converts types" of="chat-endpoint" says="a type is converted"
+def make_app(service):
+    Text = Annotated[str, Field(min_length=1, max_length=64)]
+
+    class Message(BaseModel, extra="forbid"):
+        role: Literal["system", "user", "assistant"]
+        content: str = Field(min_length=1, max_length=4000)
+
+    class Body(BaseModel, extra="forbid"):
+        model: str
+        messages: list[Message] = Field(min_length=1, max_length=8)
+        max_tokens: int = Field(32, ge=1, le=64)
+        temperature: float = Field(0, ge=0, le=0)
+        stream: bool = False
+        stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+
+    app = base_app(service)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request, error):
+        where = error.errors()[0]["loc"][1:2]
+        return failure(
+            400, str(error.errors()[0]["msg"]), param=where[0] if where and isinstance(where[0], str) else None
+        )
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: Body):
+        if body.model not in service.models:
+            return failure(404, f"no model {body.model}", param="model", code="model_not_found")
+        messages = [one.model_dump() for one in body.messages]
+        n = service.count(messages)
+        if n + body.max_tokens > service.context:
+            says = f"{n + body.max_tokens} > {service.context}"
+            return failure(400, says, param="messages", code="context_length_exceeded")
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        if body.stream:
+            events = await service.stream(body.model, messages, body.max_tokens, stop)
+            return StreamingResponse(events, media_type="text/event-stream")
+        reply = await service.complete(body.model, messages, body.max_tokens, stop)
+        message = {"role": "assistant", "content": reply.text}
+        choice = {"index": 0, "message": message, "finish_reason": reply.finish}
+        usage = {"prompt_tokens": n, "completion_tokens": reply.tokens, "total_tokens": n + reply.tokens}
+        return {
+            "id": "c",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body.model,
+            "choices": [choice],
+            "usage": usage,
+        }
+
+    return app
+
+
+# %% mistake="a temperature below zero" of="chat-endpoint" says="'temperature': -0.5"
+def make_app(service):
+    Text = Annotated[str, Field(min_length=1, max_length=64)]
+
+    class Message(BaseModel, extra="forbid", strict=True):
+        role: Literal["system", "user", "assistant"]
+        content: str = Field(min_length=1, max_length=4000)
+
+    class Body(BaseModel, extra="forbid", strict=True):
+        model: str
+        messages: list[Message] = Field(min_length=1, max_length=8)
+        max_tokens: int = Field(32, ge=1, le=64)
+        temperature: float = Field(0, le=0)
+        stream: bool = False
+        stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+
+    app = base_app(service)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request, error):
+        where = error.errors()[0]["loc"][1:2]
+        return failure(
+            400, str(error.errors()[0]["msg"]), param=where[0] if where and isinstance(where[0], str) else None
+        )
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: Body):
+        if body.model not in service.models:
+            return failure(404, f"no model {body.model}", param="model", code="model_not_found")
+        messages = [one.model_dump() for one in body.messages]
+        n = service.count(messages)
+        if n + body.max_tokens > service.context:
+            says = f"{n + body.max_tokens} > {service.context}"
+            return failure(400, says, param="messages", code="context_length_exceeded")
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        if body.stream:
+            events = await service.stream(body.model, messages, body.max_tokens, stop)
+            return StreamingResponse(events, media_type="text/event-stream")
+        reply = await service.complete(body.model, messages, body.max_tokens, stop)
+        message = {"role": "assistant", "content": reply.text}
+        choice = {"index": 0, "message": message, "finish_reason": reply.finish}
+        usage = {"prompt_tokens": n, "completion_tokens": reply.tokens, "total_tokens": n + reply.tokens}
+        return {
+            "id": "c",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body.model,
+            "choices": [choice],
+            "usage": usage,
+        }
+
+    return app
+
+
+# %% mistake="leaves created out" of="chat-endpoint" says="created is 0"
+def make_app(service):
+    Text = Annotated[str, Field(min_length=1, max_length=64)]
+
+    class Message(BaseModel, extra="forbid", strict=True):
+        role: Literal["system", "user", "assistant"]
+        content: str = Field(min_length=1, max_length=4000)
+
+    class Body(BaseModel, extra="forbid", strict=True):
+        model: str
+        messages: list[Message] = Field(min_length=1, max_length=8)
+        max_tokens: int = Field(32, ge=1, le=64)
+        temperature: float = Field(0, ge=0, le=0)
+        stream: bool = False
+        stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+
+    app = base_app(service)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request, error):
+        where = error.errors()[0]["loc"][1:2]
+        return failure(
+            400, str(error.errors()[0]["msg"]), param=where[0] if where and isinstance(where[0], str) else None
+        )
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: Body):
+        if body.model not in service.models:
+            return failure(404, f"no model {body.model}", param="model", code="model_not_found")
+        messages = [one.model_dump() for one in body.messages]
+        n = service.count(messages)
+        if n + body.max_tokens > service.context:
+            says = f"{n + body.max_tokens} > {service.context}"
+            return failure(400, says, param="messages", code="context_length_exceeded")
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        if body.stream:
+            events = await service.stream(body.model, messages, body.max_tokens, stop)
+            return StreamingResponse(events, media_type="text/event-stream")
+        reply = await service.complete(body.model, messages, body.max_tokens, stop)
+        message = {"role": "assistant", "content": reply.text}
+        choice = {"index": 0, "message": message, "finish_reason": reply.finish}
+        usage = {"prompt_tokens": n, "completion_tokens": reply.tokens, "total_tokens": n + reply.tokens}
+        return {
+            "id": "c",
+            "object": "chat.completion",
+            "model": body.model,
+            "choices": [choice],
+            "usage": usage,
+        }
+
+    return app
+
+
+# %% mistake="always says length" of="chat-endpoint" says="finish reason on, each time"
+def make_app(service):
+    Text = Annotated[str, Field(min_length=1, max_length=64)]
+
+    class Message(BaseModel, extra="forbid", strict=True):
+        role: Literal["system", "user", "assistant"]
+        content: str = Field(min_length=1, max_length=4000)
+
+    class Body(BaseModel, extra="forbid", strict=True):
+        model: str
+        messages: list[Message] = Field(min_length=1, max_length=8)
+        max_tokens: int = Field(32, ge=1, le=64)
+        temperature: float = Field(0, ge=0, le=0)
+        stream: bool = False
+        stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+
+    app = base_app(service)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request, error):
+        where = error.errors()[0]["loc"][1:2]
+        return failure(
+            400, str(error.errors()[0]["msg"]), param=where[0] if where and isinstance(where[0], str) else None
+        )
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: Body):
+        if body.model not in service.models:
+            return failure(404, f"no model {body.model}", param="model", code="model_not_found")
+        messages = [one.model_dump() for one in body.messages]
+        n = service.count(messages)
+        if n + body.max_tokens > service.context:
+            says = f"{n + body.max_tokens} > {service.context}"
+            return failure(400, says, param="messages", code="context_length_exceeded")
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        if body.stream:
+            events = await service.stream(body.model, messages, body.max_tokens, stop)
+            return StreamingResponse(events, media_type="text/event-stream")
+        reply = await service.complete(body.model, messages, body.max_tokens, stop)
+        message = {"role": "assistant", "content": reply.text}
+        choice = {"index": 0, "message": message, "finish_reason": "length"}
+        usage = {"prompt_tokens": n, "completion_tokens": reply.tokens, "total_tokens": n + reply.tokens}
+        return {
+            "id": "c",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body.model,
+            "choices": [choice],
+            "usage": usage,
+        }
+
+    return app
+
+
 # %% alternative="checked by hand, one handler" of="chat-endpoint"
 def make_app(service):
     app = base_app(service)
@@ -2006,7 +2470,7 @@ def make_app(service):
 #
 # Because every event follows from those before it, the queue of given arrivals can be computed exactly. Service takes {{service_one}} s for one request and {{service_sixteen}} s for sixteen in what follows: $s(b) = 0.09 + 0.023\,b$, what `reply_together` takes on one core of the author's machine, rounded.
 #
-# **Exercise.** Write `simulate(arrivals, service, limit, wait)`. `arrivals` are ascending seconds (a list or an array; don't change it), `service` a function from the size of a batch to seconds. Return `(finished, sizes)`: when each request finishes, in the order of the arrivals, and the size of each batch, in order. For no arrivals both are empty.
+# **Exercise.** Write `simulate(arrivals, service, limit, wait)`. `arrivals` are ascending seconds from 0 on (a list or an array; don't change it; experiments hand over 10,000, so go through them once), `service` a function from the size of a batch to seconds. Return `(finished, sizes)`: when each request finishes, in the order of the arrivals, and the size of each batch, in order. For no arrivals both are empty.
 #
 # With arrivals 0, 1, 2, 3.5, 10.5, `service = lambda b: 2 + b`, `limit=2` and `wait=0`, `finished` is 3, 7, 7, 10, 13.5 and `sizes` is 1, 2, 1, 1. With `wait=5` it's 5, 5, 9, 9, 18.5 and 2, 2, 1. *About 12 lines.*
 #
@@ -2067,6 +2531,11 @@ assert got[4:] == [18.5], (
 assert (got, sizes) == ([5, 5, 9, 9, 18.5], [2, 2, 1]), (
     f"Wanted 5, 5, 9, 9, 18.5 and 2, 2, 1; yours are {got} and {sizes}"
 )
+try:
+    got, sizes = both(simulate(np.array(given), lambda b: 2 + b, 2, 5))
+except ValueError as error:
+    raise AssertionError(f"The arrivals may be an array, which has a len() but no truth: {error}") from error
+assert got == [5, 5, 9, 9, 18.5], f"From an array the same as from a list: 5, 5, 9, 9, 18.5; yours are {got}"
 got, sizes = both(simulate([0, 1, 3], lambda b: 2 + b, 4, 0))
 assert sizes == [1, 2], f"What arrives at the very start of a batch (3) goes with it: sizes 1, 2; yours are {sizes}"
 got, sizes = both(simulate(given, lambda b: 2 + b, 3, 2))
@@ -2102,7 +2571,7 @@ assert np.mean(np.array(sizes) == 8) > 0.97, (
 ### BEGIN HIDDEN TESTS
 _rng = np.random.default_rng(11)
 for _limit, _wait in ((1, 0.7), (3, 0.0), (5, 1.3), (64, 4.0)):
-    _arrivals = np.cumsum(_rng.exponential(0.4, 300))
+    _arrivals = np.cumsum(_rng.exponential(0.4, 300)).tolist()
     _got, _sizes = simulate(_arrivals, lambda b: 0.5 + 0.1 * b, _limit, _wait)
     _ends = np.cumsum(_sizes)
     assert _ends[-1] == 300, "Every request is in one batch"
@@ -2224,6 +2693,20 @@ def simulate(arrivals, service, limit, wait):
     return finished, sizes
 
 
+# %% mistake="asks an array whether it is true" of="simulate" says="a len() but no truth"
+def simulate(arrivals, service, limit, wait):
+    if not arrivals:
+        return [], []
+    finished, sizes, free, i, n = [], [], 0.0, 0, len(arrivals)
+    while i < n:
+        full = arrivals[i + limit - 1] if i + limit <= n else inf
+        start = max(free, min(arrivals[i] + wait, full))
+        b = sum(arrivals[j] <= start for j in range(i, min(i + limit, n)))
+        free = start + service(b)
+        finished, sizes, i = finished + [free] * b, [*sizes, b], i + b
+    return finished, sizes
+
+
 # %% alternative="event by event" of="simulate"
 def simulate(arrivals, service, limit, wait):
     todo = deque(enumerate(float(a) for a in arrivals))
@@ -2290,7 +2773,7 @@ card.record(
 )  # fmt: skip
 
 # %% [markdown]
-# Formula and simulation agree (at 80 % load {{pk_theory}} s, and {{pk_simulated:interval}} s). Note the $1 - \rho$: between 80 and 90 % load the wait more than doubles. A latency without the load at which it was measured says nothing.
+# Formula and simulation agree: at 80 % load {{pk_theory}} s by the formula, {{pk_simulated:interval}} s (two standard errors) simulated. Note the $1 - \rho$: between 80 and 90 % load the wait more than doubles. A latency without the load at which it was measured says nothing.
 #
 # Now batches. For each limit, the 95th percentile against the load; and, at a fixed load, against the wait.
 
@@ -2357,7 +2840,7 @@ card.record(
 )
 
 # %% [markdown]
-# The number above a curve is its limit; everything here is simulated. Each curve follows the next one until its own batches are full: where requests are few, batches are small whatever the limit is. Each limit has a wall at its capacity $b / s(b)$, and a larger one moves the wall to the right; the load that keeps the SLO rises from {{rate_single}} to {{rate_batched}} a second for 16. At no load in the figure does a larger limit cost latency, since a batch is full only when there was a queue. What bounds the limit at work is memory (the keys and values of every row) and returns that shrink: 32 brings {{rate_most}}.
+# The number above a curve is its limit; everything here is simulated. Each curve follows the next one until its own batches are full: where requests are few, batches are small whatever the limit is. Each limit has a wall at its capacity $b / s(b)$, and a larger one moves the wall to the right; the load that keeps the SLO rises from {{rate_single}} to {{rate_batched}} a second for 16. At no load in the figure does a larger limit visibly cost latency, since a batch is full only when there was a queue. What bounds the limit at work is memory (the keys and values of every row) and returns that shrink: 32 brings {{rate_most}}.
 #
 # And the wait?
 
@@ -2400,13 +2883,13 @@ card.record("wait_some_busy", busy[2], format=".0%", tolerance=0.01, label="the 
 #
 # ## The batcher
 #
-# Now the real thing, in asyncio: one task that owns the model, requests that await their futures. How do you test code whose behaviour is *time*? Not with sleeps: such a test is slow, and fails on a busy machine. `virtual_time.run(main)` runs an async function on a loop whose clock jumps to the next timer when nothing else is to do (about 60 lines in `labkit/virtual_time.py`). `asyncio.sleep(60)` takes no time, and `loop.time()` is exact. If every task waits for something that never comes, you get a `StuckError` and not a hanging notebook; so the program may wait for timers and for its own tasks only, not for threads or sockets. (It starts a thread for that, because the loop of a notebook is already running.)
+# Now the real thing, in asyncio: one task that owns the model, requests that await their futures. How do you test code whose behaviour is *time*? Not with sleeps: such a test is slow, and fails on a busy machine. `virtual_time.run(main)` runs an async function on a loop whose clock jumps to the next timer when nothing else is to do (`labkit/virtual_time.py`). `asyncio.sleep(60)` takes no time, and `loop.time()` is exact. If every task waits for something that never comes, or one goes round without ever waiting, you get a `StuckError` and not a hanging notebook; so the program may wait for timers and for its own tasks only, not for threads or sockets. (It starts a thread for that, because the loop of a notebook is already running.)
 #
 # **Exercise.** Complete `Batcher`. `run` is an async function from a list of items to the list of their results, in the same order. One batch runs at a time, by the rules of the section above; what is already waiting when a batch begins goes along, up to `limit`.
 #
-# - `submit(item)` isn't a coroutine: it puts the item into the queue and returns an `asyncio.Future` for its result. It raises `RefusedError(503, …)` once closing has begun, and `RefusedError(429, …)` when `room` items are waiting (those in the running batch don't count).
-# - `work()` is the task that forms batches and runs them. If `run` raises an `Exception`, every request of that batch gets it, and the work goes on. A caller may give up (`asyncio.wait_for` cancels the future): whoever gave up before the batch began isn't run, and whoever gives up during it harms nobody.
-# - `close()` refuses new requests from then on, and returns when all that were accepted have been answered and `work` has ended. How long the last ones wait is up to you. It may be called twice.
+# - `submit(item)` isn't a coroutine: it puts the item into the queue and returns an `asyncio.Future` for its result. It raises `RefusedError(503, …)` once closing has begun, full or not, and `RefusedError(429, …)` when `room` items (1 or more) are waiting: those in the running batch don't count, those that wait for company do.
+# - `work()` is the task that forms batches and runs them. If `run` raises an `Exception`, every request of that batch gets it, and the work goes on. A caller may give up (`asyncio.wait_for` cancels the future): whoever gave up before the batch began isn't run (nor is a batch of nobody), and whoever gives up during it harms nobody.
+# - `close()` refuses new requests from then on, and returns when all that were accepted have been answered, in batches of at most `limit`, and `work` has ended. How long the last ones wait is up to you. It may be called twice, also at the same time, and each call returns no earlier.
 #
 # `__init__` is a proposal: `waiting` may hold what you like, and you may add attributes. The cell must be complete in itself but for `asyncio`, `deque`, `suppress`, `Awaitable`, `Callable` and `RefusedError`, since a program of its own will be made of it. *About 35 lines.*
 #
@@ -2504,7 +2987,11 @@ def batched(arrivals: Sequence[float], service: Callable[[int], float], limit: i
 
         async def request(number: int) -> None:
             await asyncio.sleep(arrivals[number] - loop.time())
-            result = await batcher.submit(number)
+            future = batcher.submit(number)
+            assert isinstance(future, asyncio.Future), (
+                f"submit is no coroutine: it queues the item and returns a Future at once; yours returned a {type(future).__name__}"
+            )
+            result = await future
             assert result == 10 * number, f"Request {number} got the result of another: {result} and not {10 * number}"
             answered[number] = loop.time()
 
@@ -2516,7 +3003,8 @@ def batched(arrivals: Sequence[float], service: Callable[[int], float], limit: i
         return virtual_time.run(main)
     except virtual_time.StuckError as error:
         raise AssertionError(
-            f"The batcher hangs: {error}. Does submit wake the worker, does close, and does the worker end when all is done?"
+            f"The batcher hangs: {error}. Does submit wake the worker, does close, is the event cleared before the worker waits for "
+            "it, and does the worker end when all is done?"
         ) from error
 
 
@@ -2600,7 +3088,7 @@ try:
     got, seen = virtual_time.run(one_bad_batch)
 except virtual_time.StuckError as error:
     raise AssertionError(
-        "A batch that fails ends the worker, and everybody behind it waits for ever: catch its exception"
+        f"A batch that fails ends the worker, and everybody behind it waits for ever: catch its exception ({error})"
     ) from error
 except ValueError as error:
     raise AssertionError(
@@ -2649,7 +3137,7 @@ async def _leaves_what_fails() -> list:
     async def run(items: list) -> list:
         await asyncio.sleep(2)
         if 0 in items:
-            raise ValueError("no")
+            raise TimeoutError("no")
         return items
 
     async with Batcher(run, 2, 0, 99) as batcher:
@@ -2663,12 +3151,30 @@ try:
     _got = virtual_time.run(_leaves_what_fails)
 except (virtual_time.StuckError, asyncio.InvalidStateError) as _error:
     raise AssertionError(
-        "Who leaves a batch that then fails harms nobody: look at future.done() there, too"
+        "Who leaves a batch that then fails harms nobody: look at future.done() there, too. And every Exception of run goes to "
+        f"its requests, a TimeoutError as well ({_error})"
     ) from _error
-assert [type(_one) for _one in _got] == [asyncio.CancelledError, ValueError, int, int], (
-    f"0 left, 1 fails, 2 and 3: {_got}"
+assert [type(_one) for _one in _got] == [asyncio.CancelledError, TimeoutError, int, int], (
+    f"0 left, 1 gets the TimeoutError of run, 2 and 3 are answered; yours: {_got}"
 )
+
+
+async def _leaves_what_works() -> object:
+    async def run(items: list) -> list:
+        await asyncio.sleep(2)
+        return items
+
+    async with Batcher(run, 2, 0, 99) as batcher:
+        futures = [batcher.submit(item) for item in range(2)]
+        await asyncio.sleep(1)
+        futures[0].cancel()
+        return (await asyncio.gather(*futures, return_exceptions=True))[1]
+
+
+_got = virtual_time.run(_leaves_what_works)
+assert _got == 1, f"Who gives up during a batch harms nobody: the other one gets its result, 1; yours got {_got!r}"
 _seen = virtual_time.run(_all_leave)
+assert [] not in _seen, f"When all of a batch have given up, nothing is run; yours ran {_seen}"
 assert [item for batch in _seen for item in batch] == [0, 3, 5], f"Only 0, 3 and 5 are run; yours ran {_seen}"
 ### END HIDDEN TESTS
 
@@ -2740,6 +3246,10 @@ except virtual_time.StuckError as error:
     ) from error
 except asyncio.CancelledError as error:
     raise AssertionError("close must not cancel the worker: whoever was accepted is answered") from error
+except (RuntimeError, asyncio.InvalidStateError) as error:
+    raise AssertionError(
+        f"close may be called twice, as async with does after you have; yours raised {error!r}"
+    ) from error
 assert "lost" not in answers, (
     f"close returned, and {answers.count('lost')} of 5 accepted requests had no answer: drain the queue first"
 )
@@ -2766,6 +3276,60 @@ async def _close_twice() -> list:
 
 assert virtual_time.run(_close_twice) == [1], (
     "Who waits for company when closing begins is answered; a second close does no harm"
+)
+
+
+async def _close_full() -> tuple[int, list[int], int]:
+    sizes = []
+
+    async def run(items: list) -> list:
+        sizes.append(len(items))
+        await asyncio.sleep(10)
+        return items
+
+    async with Batcher(run, 2, 0, 5) as batcher:
+        futures = [batcher.submit(item) for item in range(2)]
+        await asyncio.sleep(1)
+        futures += [batcher.submit(item) for item in range(5)]
+        end = asyncio.ensure_future(batcher.close())
+        await asyncio.sleep(1)
+        try:
+            batcher.submit("late")
+            status = 200
+        except RefusedError as error:
+            status = error.status
+    answered = sum(future.done() for future in futures)
+    await end
+    return status, sizes, answered
+
+
+_status, _sizes, _answered = virtual_time.run(_close_full)
+assert _status == 503, f"Closing and full is 503, since 429 says that another try here may help; yours: {_status}"
+assert max(_sizes) <= 2, f"At most limit = 2 in a batch, while it is closing as well; yours ran batches of {_sizes}"
+assert _answered == 7, (
+    f"A close that comes while another one waits returns when all are answered, too; {_answered} of 7 had their answer"
+)
+
+
+async def _company() -> list[int]:
+    async def run(items: list) -> list:
+        return items
+
+    statuses = []
+    async with Batcher(run, 4, 10, 2) as batcher:
+        for item in range(3):
+            try:
+                batcher.submit(item)
+                statuses.append(200)
+            except RefusedError as error:
+                statuses.append(error.status)
+            await asyncio.sleep(1)
+    return statuses
+
+
+_statuses = virtual_time.run(_company)
+assert _statuses == [200, 200, 429], (
+    f"Who waits for company waits: with room for 2 the third request is refused, 200, 200, 429; yours: {_statuses}"
 )
 ### END HIDDEN TESTS
 
@@ -3293,6 +3857,449 @@ class Batcher:
         await self.worker
 
 
+# %% mistake="forgets to clear the event" of="batcher" says="a task goes round in circles"
+class Batcher:
+    def __init__(self, run, limit, wait, room):
+        self.run, self.limit, self.wait, self.room = run, limit, wait, room
+        self.queue, self.news, self.closing = deque(), asyncio.Event(), False
+
+    async def __aenter__(self):
+        self.worker = asyncio.create_task(self.work())
+        return self
+
+    async def __aexit__(self, *error):
+        await self.close()
+
+    def submit(self, item):
+        if self.closing:
+            raise RefusedError(503, "closing")
+        if len(self.queue) >= self.room:
+            raise RefusedError(429, "full")
+        self.queue.append((asyncio.get_running_loop().time(), item, asyncio.Future()))
+        self.news.set()
+        return self.queue[-1][2]
+
+    async def work(self):
+        while self.queue or not self.closing:
+            now = asyncio.get_running_loop().time()
+            left = self.queue[0][0] + self.wait - now if self.queue else None
+            if len(self.queue) < self.limit and not self.closing and (left is None or left > 0):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.news.wait(), left)
+                continue
+            batch = [self.queue.popleft() for _ in range(min(self.limit, len(self.queue)))]
+            batch = [one for one in batch if not one[2].done()]
+            try:
+                results = await self.run([item for _, item, _ in batch]) if batch else []
+            except Exception as error:
+                results = [error] * len(batch)
+            for (_, _, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    tell = future.set_exception if isinstance(result, Exception) else future.set_result
+                    tell(result)
+
+    async def close(self):
+        self.closing = True
+        self.news.set()
+        await self.worker
+
+
+# %% mistake="who leaves spoils the batch" of="batcher" says="the other one gets its result"
+class Batcher:
+    def __init__(self, run, limit, wait, room):
+        self.run, self.limit, self.wait, self.room = run, limit, wait, room
+        self.queue, self.news, self.closing = deque(), asyncio.Event(), False
+
+    async def __aenter__(self):
+        self.worker = asyncio.create_task(self.work())
+        return self
+
+    async def __aexit__(self, *error):
+        await self.close()
+
+    def submit(self, item):
+        if self.closing:
+            raise RefusedError(503, "closing")
+        if len(self.queue) >= self.room:
+            raise RefusedError(429, "full")
+        self.queue.append((asyncio.get_running_loop().time(), item, asyncio.Future()))
+        self.news.set()
+        return self.queue[-1][2]
+
+    async def work(self):
+        while self.queue or not self.closing:
+            self.news.clear()
+            now = asyncio.get_running_loop().time()
+            left = self.queue[0][0] + self.wait - now if self.queue else None
+            if len(self.queue) < self.limit and not self.closing and (left is None or left > 0):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.news.wait(), left)
+                continue
+            batch = [self.queue.popleft() for _ in range(min(self.limit, len(self.queue)))]
+            batch = [one for one in batch if not one[2].done()]
+            try:
+                results = await self.run([item for _, item, _ in batch]) if batch else []
+                for (_, _, future), result in zip(batch, results, strict=True):
+                    future.set_result(result)
+            except Exception as error:
+                for _, _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+
+    async def close(self):
+        self.closing = True
+        self.news.set()
+        await self.worker
+
+
+# %% mistake="takes a TimeoutError of run for its own" of="batcher" says="a TimeoutError as well"
+class Batcher:
+    def __init__(self, run, limit, wait, room):
+        self.run, self.limit, self.wait, self.room = run, limit, wait, room
+        self.queue, self.news, self.closing = deque(), asyncio.Event(), False
+
+    async def __aenter__(self):
+        self.worker = asyncio.create_task(self.work())
+        return self
+
+    async def __aexit__(self, *error):
+        await self.close()
+
+    def submit(self, item):
+        if self.closing:
+            raise RefusedError(503, "closing")
+        if len(self.queue) >= self.room:
+            raise RefusedError(429, "full")
+        self.queue.append((asyncio.get_running_loop().time(), item, asyncio.Future()))
+        self.news.set()
+        return self.queue[-1][2]
+
+    async def work(self):
+        while self.queue or not self.closing:
+            self.news.clear()
+            now = asyncio.get_running_loop().time()
+            left = self.queue[0][0] + self.wait - now if self.queue else None
+            if len(self.queue) < self.limit and not self.closing and (left is None or left > 0):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.news.wait(), left)
+                continue
+            batch = [self.queue.popleft() for _ in range(min(self.limit, len(self.queue)))]
+            batch = [one for one in batch if not one[2].done()]
+            results = []
+            try:
+                with suppress(TimeoutError):
+                    results = await self.run([item for _, item, _ in batch]) if batch else []
+            except Exception as error:
+                results = [error] * len(batch)
+            for (_, _, future), result in zip(batch, results, strict=False):
+                if not future.done():
+                    tell = future.set_exception if isinstance(result, Exception) else future.set_result
+                    tell(result)
+
+    async def close(self):
+        self.closing = True
+        self.news.set()
+        await self.worker
+
+
+# %% mistake="runs a batch of nobody" of="batcher" says="nothing is run"
+class Batcher:
+    def __init__(self, run, limit, wait, room):
+        self.run, self.limit, self.wait, self.room = run, limit, wait, room
+        self.queue, self.news, self.closing = deque(), asyncio.Event(), False
+
+    async def __aenter__(self):
+        self.worker = asyncio.create_task(self.work())
+        return self
+
+    async def __aexit__(self, *error):
+        await self.close()
+
+    def submit(self, item):
+        if self.closing:
+            raise RefusedError(503, "closing")
+        if len(self.queue) >= self.room:
+            raise RefusedError(429, "full")
+        self.queue.append((asyncio.get_running_loop().time(), item, asyncio.Future()))
+        self.news.set()
+        return self.queue[-1][2]
+
+    async def work(self):
+        while self.queue or not self.closing:
+            self.news.clear()
+            now = asyncio.get_running_loop().time()
+            left = self.queue[0][0] + self.wait - now if self.queue else None
+            if len(self.queue) < self.limit and not self.closing and (left is None or left > 0):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.news.wait(), left)
+                continue
+            batch = [self.queue.popleft() for _ in range(min(self.limit, len(self.queue)))]
+            batch = [one for one in batch if not one[2].done()]
+            try:
+                results = await self.run([item for _, item, _ in batch])
+            except Exception as error:
+                results = [error] * len(batch)
+            for (_, _, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    tell = future.set_exception if isinstance(result, Exception) else future.set_result
+                    tell(result)
+
+    async def close(self):
+        self.closing = True
+        self.news.set()
+        await self.worker
+
+
+# %% mistake="429 while it is closing" of="batcher" says="another try here may help"
+class Batcher:
+    def __init__(self, run, limit, wait, room):
+        self.run, self.limit, self.wait, self.room = run, limit, wait, room
+        self.queue, self.news, self.closing = deque(), asyncio.Event(), False
+
+    async def __aenter__(self):
+        self.worker = asyncio.create_task(self.work())
+        return self
+
+    async def __aexit__(self, *error):
+        await self.close()
+
+    def submit(self, item):
+        if len(self.queue) >= self.room:
+            raise RefusedError(429, "full")
+        if self.closing:
+            raise RefusedError(503, "closing")
+        self.queue.append((asyncio.get_running_loop().time(), item, asyncio.Future()))
+        self.news.set()
+        return self.queue[-1][2]
+
+    async def work(self):
+        while self.queue or not self.closing:
+            self.news.clear()
+            now = asyncio.get_running_loop().time()
+            left = self.queue[0][0] + self.wait - now if self.queue else None
+            if len(self.queue) < self.limit and not self.closing and (left is None or left > 0):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.news.wait(), left)
+                continue
+            batch = [self.queue.popleft() for _ in range(min(self.limit, len(self.queue)))]
+            batch = [one for one in batch if not one[2].done()]
+            try:
+                results = await self.run([item for _, item, _ in batch]) if batch else []
+            except Exception as error:
+                results = [error] * len(batch)
+            for (_, _, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    tell = future.set_exception if isinstance(result, Exception) else future.set_result
+                    tell(result)
+
+    async def close(self):
+        self.closing = True
+        self.news.set()
+        await self.worker
+
+
+# %% mistake="everything that is left in one batch" of="batcher" says="while it is closing as well"
+class Batcher:
+    def __init__(self, run, limit, wait, room):
+        self.run, self.limit, self.wait, self.room = run, limit, wait, room
+        self.queue, self.news, self.closing = deque(), asyncio.Event(), False
+
+    async def __aenter__(self):
+        self.worker = asyncio.create_task(self.work())
+        return self
+
+    async def __aexit__(self, *error):
+        await self.close()
+
+    def submit(self, item):
+        if self.closing:
+            raise RefusedError(503, "closing")
+        if len(self.queue) >= self.room:
+            raise RefusedError(429, "full")
+        self.queue.append((asyncio.get_running_loop().time(), item, asyncio.Future()))
+        self.news.set()
+        return self.queue[-1][2]
+
+    async def work(self):
+        while self.queue or not self.closing:
+            self.news.clear()
+            now = asyncio.get_running_loop().time()
+            left = self.queue[0][0] + self.wait - now if self.queue else None
+            if len(self.queue) < self.limit and not self.closing and (left is None or left > 0):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.news.wait(), left)
+                continue
+            batch = [
+                self.queue.popleft()
+                for _ in range(len(self.queue) if self.closing else min(self.limit, len(self.queue)))
+            ]
+            batch = [one for one in batch if not one[2].done()]
+            try:
+                results = await self.run([item for _, item, _ in batch]) if batch else []
+            except Exception as error:
+                results = [error] * len(batch)
+            for (_, _, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    tell = future.set_exception if isinstance(result, Exception) else future.set_result
+                    tell(result)
+
+    async def close(self):
+        self.closing = True
+        self.news.set()
+        await self.worker
+
+
+# %% mistake="a second close returns at once" of="batcher" says="returns when all are answered, too"
+class Batcher:
+    def __init__(self, run, limit, wait, room):
+        self.run, self.limit, self.wait, self.room = run, limit, wait, room
+        self.queue, self.news, self.closing = deque(), asyncio.Event(), False
+
+    async def __aenter__(self):
+        self.worker = asyncio.create_task(self.work())
+        return self
+
+    async def __aexit__(self, *error):
+        await self.close()
+
+    def submit(self, item):
+        if self.closing:
+            raise RefusedError(503, "closing")
+        if len(self.queue) >= self.room:
+            raise RefusedError(429, "full")
+        self.queue.append((asyncio.get_running_loop().time(), item, asyncio.Future()))
+        self.news.set()
+        return self.queue[-1][2]
+
+    async def work(self):
+        while self.queue or not self.closing:
+            self.news.clear()
+            now = asyncio.get_running_loop().time()
+            left = self.queue[0][0] + self.wait - now if self.queue else None
+            if len(self.queue) < self.limit and not self.closing and (left is None or left > 0):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.news.wait(), left)
+                continue
+            batch = [self.queue.popleft() for _ in range(min(self.limit, len(self.queue)))]
+            batch = [one for one in batch if not one[2].done()]
+            try:
+                results = await self.run([item for _, item, _ in batch]) if batch else []
+            except Exception as error:
+                results = [error] * len(batch)
+            for (_, _, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    tell = future.set_exception if isinstance(result, Exception) else future.set_result
+                    tell(result)
+
+    async def close(self):
+        if self.closing:
+            return
+        self.closing = True
+        self.news.set()
+        await self.worker
+
+
+# %% mistake="a second close is an error" of="batcher" says="close may be called twice"
+class Batcher:
+    def __init__(self, run, limit, wait, room):
+        self.run, self.limit, self.wait, self.room = run, limit, wait, room
+        self.queue, self.news, self.closing = deque(), asyncio.Event(), False
+
+    async def __aenter__(self):
+        self.worker = asyncio.create_task(self.work())
+        return self
+
+    async def __aexit__(self, *error):
+        await self.close()
+
+    def submit(self, item):
+        if self.closing:
+            raise RefusedError(503, "closing")
+        if len(self.queue) >= self.room:
+            raise RefusedError(429, "full")
+        self.queue.append((asyncio.get_running_loop().time(), item, asyncio.Future()))
+        self.news.set()
+        return self.queue[-1][2]
+
+    async def work(self):
+        while self.queue or not self.closing:
+            self.news.clear()
+            now = asyncio.get_running_loop().time()
+            left = self.queue[0][0] + self.wait - now if self.queue else None
+            if len(self.queue) < self.limit and not self.closing and (left is None or left > 0):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.news.wait(), left)
+                continue
+            batch = [self.queue.popleft() for _ in range(min(self.limit, len(self.queue)))]
+            batch = [one for one in batch if not one[2].done()]
+            try:
+                results = await self.run([item for _, item, _ in batch]) if batch else []
+            except Exception as error:
+                results = [error] * len(batch)
+            for (_, _, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    tell = future.set_exception if isinstance(result, Exception) else future.set_result
+                    tell(result)
+
+    async def close(self):
+        if self.closing:
+            raise RuntimeError("closed already")
+        self.closing = True
+        self.news.set()
+        await self.worker
+
+
+# %% mistake="who waits for company takes no room" of="batcher" says="Who waits for company waits"
+class Batcher:
+    def __init__(self, run, limit, wait, room):
+        self.run, self.limit, self.wait, self.room = run, limit, wait, room
+        self.queue, self.news, self.closing = deque(), asyncio.Event(), False
+
+    async def __aenter__(self):
+        self.worker = asyncio.create_task(self.work())
+        return self
+
+    async def __aexit__(self, *error):
+        await self.close()
+
+    def submit(self, item):
+        if self.closing:
+            raise RefusedError(503, "closing")
+        if len(self.queue) >= self.room:
+            raise RefusedError(429, "full")
+        self.queue.append((asyncio.get_running_loop().time(), item, asyncio.Future()))
+        self.news.set()
+        return self.queue[-1][2]
+
+    async def work(self):
+        batch = []
+        while self.queue or not self.closing:
+            self.news.clear()
+            while self.queue and len(batch) < self.limit:
+                batch.append(self.queue.popleft())
+            left = batch[0][0] + self.wait - asyncio.get_running_loop().time() if batch else None
+            if len(batch) < self.limit and not self.closing and (left is None or left > 0):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.news.wait(), left)
+                if not self.closing:
+                    continue
+            batch = [one for one in batch if not one[2].done()]
+            try:
+                results = await self.run([item for _, item, _ in batch]) if batch else []
+            except Exception as error:
+                results = [error] * len(batch)
+            for (_, _, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    tell = future.set_exception if isinstance(result, Exception) else future.set_result
+                    tell(result)
+            batch = []
+
+    async def close(self):
+        self.closing = True
+        self.news.set()
+        await self.worker
+
+
 # %% alternative="an asyncio.Queue with a last word" of="batcher"
 class Batcher:
     def __init__(self, run, limit, wait, room):
@@ -3378,7 +4385,7 @@ card.record(
 #
 # ## The whole service
 #
-# One task owns the model: `run` hands a batch to `reply_together` in a thread, so that the loop stays free for requests. A stopping criterion sees every new token of every row; it's where streaming from a batch comes from. (`generate(streamer=…)` takes one row only.) A row that has enough tokens is stopped there as well.
+# One task owns the model: `run` hands a batch to `reply_together` in a thread, so that the loop stays free for requests. A stopping criterion sees every new token of every row; it's where streaming from a batch comes from. (The streamers of `transformers` take one row only.) A row that has enough tokens is stopped there as well.
 
 
 # %%
@@ -3598,6 +4605,7 @@ assert abs(got.throughput - 2 / 4.1) < 1e-9, (
     f"Two successes from 0 to 4.1 (failures don't count, but the test lasts until the last sample); yours is {got.throughput}"
 )
 got = load_report([[Sample(0, 0, 2, True), *[Sample(i, i, i + 0.001, False) for i in range(1, 9)]]])
+assert (got.requests, got.failed) == (9, 8), f"9 requests, 8 failed; yours: {got.requests}, {got.failed}"
 assert got.p50 == 2, (
     f"Eight refusals in a millisecond aren't fast answers: percentiles are of successes; your p50 is {got.p50}"
 )
@@ -3612,7 +4620,10 @@ assert (got.requests, got.failed, got.throughput) == (1, 1, 0.0), (
 )
 assert np.isnan([got.p50, got.p95, got.p99]).all(), f"Without successes percentiles are nan; yours {got}"
 ### BEGIN HIDDEN TESTS
-_got = load_report([])
+try:
+    _got = load_report([])
+except Exception as _error:
+    raise AssertionError(f"No samples at all: zeros and nan, and no {type(_error).__name__}") from _error
 assert (_got.requests, _got.failed, _got.throughput) == (0, 0, 0.0), f"No samples: zeros; yours: {_got}"
 assert np.isnan(_got.p95), f"No samples: percentiles are nan; yours: {_got}"
 _samples = [Sample(5, 9, 10, True), Sample(4, 4, 30, False), Sample(1, 1.5, 2, False)]
@@ -3728,7 +4739,7 @@ ax.step(
 )
 ax.axhline(1, color=COLOURS.truth, lw=0.8, ls="--")
 direct_label(ax, 33, 1, "p99", COLOURS.truth, offset=(0, 4))
-direct_label(ax, 60, 0.19, "from when it was sent", COLOURS.wrong)
+direct_label(ax, 60, 0.17, "from when it was sent", COLOURS.wrong)
 direct_label(ax, 330, 4.2, "from when it was due", COLOURS.after)
 ax.set(
     xscale="log",
@@ -3843,7 +4854,7 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# Without batching the queue grows for as long as the load lasts; that p95 is a measure of how long you tested, and of nothing else. Compare the columns from right to left. Measured against *seen* tests the model of the queue: what is left is HTTP, JSON and tokenizing, and the load generator, which runs in the same interpreter here. *Seen* against *before* tests the service times: they were measured while the machine served nothing. When a prediction fails at work, this tells you which half to mend.
+# Without batching the queue grows for as long as the load lasts; that p95 mostly says how long you tested. Compare the columns from right to left. Measured against *seen* tests the model of the queue: what is left is HTTP, JSON and tokenizing, and the load generator, which runs in the same interpreter here. *Seen* against *before* tests the service times: they were measured while the machine served nothing. When a prediction fails at work, this tells you which half to mend.
 #
 # ## A load tool
 #
@@ -3958,7 +4969,7 @@ def release(grace: float, room: int) -> Counter[str]:
                     await stopping
                     return results
 
-            outcome = Counter(load_test.in_thread(main))
+            outcome = Counter(in_thread(lambda: asyncio.run(main())))
             try:
                 httpx.post(f"{url}/work/1", trust_env=False)
             except httpx.ConnectError:
@@ -4011,7 +5022,7 @@ class Option(NamedTuple):
 #
 # - An option will do if **each** of its `p95s` is at most `slo`: the next peak is one run, not their mean.
 # - Of those take the one with the fewest replicas; among these, the one whose worst p95 is smallest.
-# - `room` is the largest number of waiting requests, a multiple of the limit, with which the running batch and all that waits take at most `grace - reserve` seconds, at `service(limit)` a batch; 0 if there is time for one batch or none. `reserve` is for what isn't computing: the load balancer, the sockets.
+# - `room` is the largest number of waiting requests, a multiple of the limit, with which the running batch and all that waits take at most `grace - reserve` seconds, at `service(limit)` a batch; 0 if there is time for one batch or none (such a grace period is too short to serve with). `reserve` is for what isn't computing: the load balancer, the sockets.
 #
 # With a grace of 30 s, a reserve of 10 s, `limit = 4` and batches of 0.3 s there is time for 66 batches, so `room` is 4 · 65 = 260. *About 8 lines.*
 #
@@ -4037,9 +5048,9 @@ def plan(
 
 # %% check="plan" points=2
 single = Option(1, 0.0, 6, (0.6, 0.7, 0.65))
-lucky = Option(8, 0.0, 2, (0.5, 1.1, 0.5))
-steady = Option(8, 0.1, 2, (0.95, 0.94, 0.99))
-better = Option(16, 0.0, 2, (0.9, 0.7, 0.98))
+lucky = Option(8, 0.0, 1, (0.5, 1.1, 0.5))
+steady = Option(8, 0.0, 2, (0.95, 0.94, 0.99))
+better = Option(16, 0.1, 2, (0.9, 0.7, 0.98))
 third = Option(16, 0.0, 3, (0.3, 0.3, 0.3))
 every = [single, lucky, third, steady, better]
 seconds = lambda b: 0.1 + 0.05 * b
@@ -4067,7 +5078,9 @@ assert plan([better], 1.0, 2.0, 1.5, seconds)[1] == 0, (
     f"With half a second for batches of 0.9 s nobody may wait: room 0; yours is {plan([better], 1.0, 2.0, 1.5, seconds)[1]}"
 )
 ### BEGIN HIDDEN TESTS
-assert plan([third], 0.3, 10.0, 0.0, lambda b: 1.0) == (third, 144), "At most the SLO: equal is good"
+_got = plan([third], 0.3, 10.0, 0.0, lambda b: 1.0)
+assert _got is not None, "At most the SLO: equal is good"
+assert tuple(_got) == (third, 144), f"Ten batches of 16, one of them running: room 144; yours is {_got}"
 assert plan([Option(4, 0.0, 1, (0.2,))], 1.0, 30.0, 10.0, lambda b: 0.3)[1] == 260, "The example of the statement"
 assert plan([], 1.0, 30.0, 10.0, seconds) is None, "No options, no plan"
 _order = [Option(2, 0.0, 4, (0.5, 0.2)), Option(4, 0.0, 4, (0.4, 0.4)), Option(8, 0.0, 4, (0.45, 0.1))]
@@ -4126,6 +5139,15 @@ def plan(options, slo, grace, reserve, service):
     return best, best.limit * (floor((grace - reserve) / service(best.limit)) - 1)
 
 
+# %% mistake="the smaller wait before the smaller percentile" of="plan" says="smallest worst p95 is 0.98"
+def plan(options, slo, grace, reserve, service):
+    good = [o for o in options if max(o.p95s) <= slo]
+    if not good:
+        return None
+    best = min(good, key=lambda o: (o.replicas, o.wait, max(o.p95s)))
+    return best, best.limit * max(0, floor((grace - reserve) / service(best.limit)) - 1)
+
+
 # %% alternative="sorts, and counts up" of="plan"
 def plan(options, slo, grace, reserve, service):
     for option in sorted(options, key=lambda o: (o.replicas, sorted(o.p95s)[-1])):
@@ -4180,13 +5202,13 @@ print(
 )
 print(
     "a queue of that room takes",
-    f"{ceil(room / chosen.limit) * service(chosen.limit):.0f} s: nobody in it meets the SLO",
+    f"{ceil(room / chosen.limit) * service(chosen.limit):.0f} s: whoever joins it when it is full waits as long",
 )
 card.record("replicas_chosen", chosen.replicas, format="d", label="replicas for 60 requests a second, batched")
 card.record("replicas_single", unbatched.replicas, format="d", label="the same, without batches")
 
 # %% [markdown]
-# {{replicas_chosen}} replicas with batches, {{replicas_single}} without. Note the last line printed: a room that the grace period allows is far longer than the SLO does. A queue that holds 20 s of work answers everybody 20 s late. The grace period bounds the room from above; a service that values its SLO refuses much earlier, at about `limit * slo / service(limit)` waiting requests.
+# {{replicas_chosen}} replicas with batches, {{replicas_single}} without. Note the last line printed: the grace period allows far more room than the SLO. It only bounds the room from above; a service that values its SLO refuses much earlier, at about `limit * slo / service(limit)` waiting requests.
 #
 # ## With a real model
 #
@@ -4226,7 +5248,7 @@ card.show()
 #
 # <details><summary>Walk me through what happens between SIGTERM and the last response.</summary>
 #
-# The readiness check fails and the balancer looks away; the socket closes, new connections are refused; queued requests are answered, what still arrives gets 503; the batcher's task ends when its queue is empty; the process exits by itself before the grace period does. That needs a queue bounded by the grace period: with an unbounded one {{lost_naive}} of 60 accepted requests would have died by SIGKILL (simulated), with a bound {{lost_graceful}} did (measured), because the surplus was refused at once. And PID 1 must be the server, not a shell.
+# The readiness check fails and the balancer looks away; the socket closes, new connections are refused; the requests under way, queued ones included, are answered; then the batcher closes, its task ends, and the process exits by itself before the grace period does. That needs a queue bounded by the grace period: with an unbounded one {{lost_naive}} of 60 accepted requests would have died by SIGKILL (simulated), with a bound {{lost_graceful}} did (measured), because the surplus was refused at once. And PID 1 must be the server, not a shell.
 #
 # </details>
 #

@@ -2,7 +2,6 @@
 
 import threading
 
-import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
@@ -54,11 +53,3 @@ def test_locust_reports_its_requests() -> None:
 def test_a_percentile_is_a_response_time_that_occurred() -> None:
     report = load_test.LocustReport(20, 0, 1.0, {150: 19, 3400: 1})
     assert (report.percentile(0.5), report.percentile(0.95), report.percentile(0.96)) == (150, 150, 3400)
-
-
-def test_an_exception_of_the_thread_is_raised() -> None:
-    async def fails() -> None:
-        raise LookupError("no")
-
-    with pytest.raises(LookupError):
-        load_test.in_thread(fails)

@@ -51,13 +51,33 @@ async def behind_a_task() -> None:
     await task
 
 
-@pytest.mark.parametrize("main", [for_ever, in_circles, behind_a_task])
+async def without_giving_way() -> None:
+    event = asyncio.Event()
+    event.set()
+    while True:
+        await event.wait()  # returns at once: the loop gets no turn
+
+
+async def behind_one_that_does_not_give_way() -> None:
+    task = asyncio.create_task(without_giving_way())
+    task.add_done_callback(lambda done: done.exception())
+    await for_ever()
+
+
+@pytest.mark.parametrize(
+    "main", [for_ever, in_circles, behind_a_task, without_giving_way, behind_one_that_does_not_give_way]
+)
 def test_what_never_ends_is_stuck(main, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]
     before = threading.active_count()
     with caplog.at_level(logging.WARNING), pytest.raises(virtual_time.StuckError):
         virtual_time.run(main)
     assert threading.active_count() == before
     assert not caplog.records
+
+
+def test_who_waits_for_one_that_goes_in_circles_is_told_so() -> None:
+    with pytest.raises(virtual_time.StuckError, match="in circles"):
+        virtual_time.run(behind_one_that_does_not_give_way)
 
 
 def test_who_refuses_to_be_cancelled_is_left() -> None:
