@@ -3,7 +3,7 @@
 #
 # You will be able to decide whether a new version of a model may replace the one in production: by tests of its behaviour, by a paired comparison with a stated margin and power, by a canary that you may look at whenever you like, and with a registry from which you can go back.
 #
-# **You will measure.** Ten changes to a triage service, each really made: six break something, four do not. A rule of thumb (at most 2 points below the champion's number on 100 tickets) blocks a drop of {{drop_cut}} points in {{fixed_cut}} of the test sets, and one of {{drop_alpha}} points in {{fixed_alpha}}. The gate that you build blocks each of the six in at least {{gate_bad_low}}, and each of the four in at most {{gate_good_high}}. Looking at a canary after each request makes of a test at 5 % one that stops {{peeking}} of the harmless canaries; the test that you write stops {{betting}}. Under a stated prior, a release costs {{cost_none}} dollars in expectation with nothing in its way, {{cost_gate}} behind the gate, and {{cost_canary}} behind a canary alone.
+# **You will measure.** Ten changes to a triage service, each really made: six break something, four do not. A rule of thumb (at most 2 points below the champion's number on 100 tickets) blocks a drop of {{drop_cut}} points in {{fixed_cut}} of the test sets, and one of {{drop_clerk}} points in {{fixed_clerk}}. Of the six, the gate that you build blocks even the one hardest to see in {{gate_bad_low}} of the test sets; of the four, none in more than {{gate_good_high}} ({{gate_good_high:interval}}). Looking at a canary after each request makes of a test at 5 % one that stops {{peeking}} of the harmless canaries; the test that you write stops {{betting}}. Under a stated prior, a release costs {{cost_none}} dollars in expectation with nothing in its way, {{cost_gate}} behind the gate, and {{cost_canary}} behind a canary alone.
 #
 # **You need.** Lesson 1.6 (intervals and paired comparisons). What an adapter is (2.1). No MLflow.
 #
@@ -12,14 +12,14 @@
 # %% [markdown]
 # ## Why it matters at work
 #
-# Somebody retrains an adapter, rounds the weights to save memory, or moves a line break in a template, and the pipeline must say yes or no. Say yes too easily and customers find the bug; say no too easily and the team learns to press "override". Both happen when the rule is "not more than two points worse on a hundred examples", since on a hundred examples two points are noise.
+# Somebody retrains an adapter, rounds the weights to save memory, or moves a line break in a template, and the pipeline must say yes or no. Say yes too easily and customers find the bug; say no too easily and the team learns to press "override". Both happen under the rule "not more than two points worse on a hundred examples", since there two points are noise.
 #
 # In interviews: "your offline metric went from 99.4 % to 98.6 %. Do you ship?", "the difference is not significant, so the models are equal. Right?", "your canary dashboard shows p = 0.04 on the second day. What do you do?", "how do you roll back, and to what?"
 
 # %% tags=["parameters"]
-companies = 50  # whose tickets make the pool of test tickets, 16 each; quick: 5
+companies = 36  # whose tickets make the pool of test tickets, 16 each; quick: 5
 test_set = 320  # tickets that the gate looks at; quick: 40
-behaviour_tickets = 48  # tickets of the behavioural tests; quick: 8
+behaviour_tickets = 40  # tickets of the behavioural tests; quick: 8
 retrained_on = 24  # companies whose tickets retrain an adapter; quick: 1
 resamples = 100  # of the pool, with 40 test sets each; quick: 3
 canaries = 2_000  # simulated canaries of each kind; quick: 40
@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
+from numbers import Real
 from pathlib import Path
 from zlib import crc32
 
@@ -81,7 +82,7 @@ champion = Release()
 
 fresh = iter(VALIDATION_SEEDS[5000:])
 new_tickets = [ticket for _ in range(retrained_on) for ticket in World(next(fresh)).tickets(32)]
-quick_tickets = [ticket for _ in range(max(1, retrained_on // 2)) for ticket in World(next(fresh)).tickets(32)]
+quick_tickets = [ticket for _ in range(max(1, retrained_on // 3)) for ticket in World(next(fresh)).tickets(32)]
 
 
 def as_the_new_clerk(ticket: Ticket) -> Ticket:
@@ -223,20 +224,20 @@ for text, answer in simple_cases()[:3]:
     print(text, "\n   ", answer.to_json())
 
 # %% [markdown]
-# **Exercise.** Write three test functions. Each returns nothing and fails by an `AssertionError`. They are copied into a file of their own below `HEADER`, so each may use what the header defines and what stands inside it, and nothing else of this notebook.
+# **Exercise.** Write three test functions. Each returns nothing, and fails by an exception, as an `assert` raises it. They are copied into a file of their own below `HEADER`, so each may use what the header defines and what stands inside it, and nothing else of this notebook.
 #
 # The fixtures: `triage(texts)` takes a list of messages and returns a list of answers, each a `Triage` or `None` (no valid answer). `tickets` and `plain` are lists of `Ticket`, with `.text` and `.triage` (the right answer); those in `plain` say nothing about haste. `cases` is a list of pairs (text, right `Triage`).
 #
 # - `test_minimum(triage, cases)` fails if any case is not answered right.
 # - `test_direction(triage, plain)`: each text gets a blank and `URGENT` at its end. The answer must then have the urgency `"high"` and otherwise be the answer to the text as it was. Fails if that is so for less than 95 % of the texts.
 # - `test_invariance(triage, tickets)`, three edits:
-#     - `"lines"`: each `". "` becomes `".\n"`; the answer must stay.
+#     - `"lines"`: each `". "` in the text becomes `".\n"`; the answer must stay.
 #     - `"signature"`: a blank and `SIGNATURE` at the end; the answer must stay.
 #     - `"product"`, only for tickets whose right answer has a product: each occurrence of its name in the text becomes `OTHER`; the answer must be the former answer with the product `OTHER`.
 #
-#   Fails if **any one** of the three edits breaks more than 5 % of the tickets that it applies to; the message holds that edit's name.
+#   Each edit is made to the text as it was. Fails if **any one** of the three breaks more than 5 % of its tickets (the first two apply to all tickets); the message names that edit and no other.
 #
-# Compare with the answer to the text *before* the edit, not with the right answer: how often the service is right is measured elsewhere. If the answer before the edit was `None`, then `None` afterwards is no change, and for `test_direction` it is a failure. *About 25 lines in all.*
+# Compare with the answer to the text *before* the edit, not with the right answer: how often the service is right is measured elsewhere. An answer is all four fields. If the answer before the edit was `None`, then `None` afterwards is no change and a triage is one; for `test_direction`, `None` before is a failure. *About 25 lines in all.*
 #
 # <details><summary>Hint 1</summary>For each edit you need a list of texts, what is expected for each, and a count. What is expected depends on the former answer alone.</details>
 # <details><summary>Hint 2</summary><code>replace(answer, urgency="high")</code> is the answer with one field changed. Ask the service once for the texts before and once for the texts after; zip the two lists.</details>
@@ -343,6 +344,9 @@ slip = run_tests([test_minimum], toy(lambda text: None if text == one else rules
 assert "test_minimum" in slip, (
     "One of 45 cases is wrong and the test passes: simple cases have no allowance, a mean of 97.8 % is a failure here"
 )
+for field, value in {"product": OTHER, "category": "account", "urgency": "low", "action": "call"}.items():
+    failed = run_tests([test_minimum], toy(lambda text, new={field: value}: replace(rules(text), **new)))
+    assert "test_minimum" in failed, f"A service with the wrong {field} passes: an answer is right in all four fields"
 ### BEGIN HIDDEN TESTS
 for _place in (0, 44):
     _text = simple_cases()[_place][0]
@@ -373,12 +377,11 @@ always = run_tests([test_direction], toy(lambda text: replace(rules(text), urgen
 assert not always, (
     "What the test asks for is the answer after the edit; a service that calls everything urgent is caught elsewhere"
 )
-aside = run_tests(
-    [test_direction], toy(lambda text: replace(rules(text), action="call") if loud(text) else rules(text))
-)
-assert "test_direction" in aside, (
-    "URGENT changes the action as well, and the test passes: the urgency becomes high and all else stays as it was"
-)
+for field, value in {"action": "call", "category": "account", "product": None}.items():
+    moves = lambda text, new={field: value}: replace(rules(text), **new) if loud(text) else rules(text)
+    assert "test_direction" in run_tests([test_direction], toy(moves)), (
+        f"URGENT changes the {field} as well, and the test passes: the urgency becomes high and all else stays as it was"
+    )
 ### BEGIN HIDDEN TESTS
 _some = lambda text: replace(rules(text), urgency="normal") if every(text, 8, 2) else rules(text)
 _given = toy(_some, "another")
@@ -390,6 +393,10 @@ assert not run_tests([test_direction], toy(_wrong, "more")), (
 )
 _never = run_tests([test_direction], toy(lambda text: None, "none"))
 assert "test_direction" in _never, "A service that never answers passes: None before the edit is a failure here"
+_mute = toy(lambda text: None if every(text, 8, 2) else rules(text), "another")
+assert "test_direction" in run_tests([test_direction], _mute), (
+    "More than 5 % of the messages have no answer and the test passes: None before the edit is a failure, not left out"
+)
 ### END HIDDEN TESTS
 
 # %% check="behaviour" points=2
@@ -430,14 +437,19 @@ mutants = {
 for edit, mutant in mutants.items():
     failed = run_tests([test_invariance], toy(mutant))
     assert "test_invariance" in failed, f"A service that breaks on the edit {edit!r} passes: make this edit and compare"
-    said = failed["test_invariance"].splitlines()[0]
+    said = failed["test_invariance"].split("\nassert ")[0]  # what stands below is pytest's
     assert edit in said, (
         f"The message must hold the edit's name, {edit!r}: whoever reads the pipeline's log wants to know what broke; yours "
         f"is {said!r}"
     )
-    others = [other for other in mutants if other != edit and other in said]
+    others = [other for other in mutants if other != edit and re.search(rf"\b{other}\b(?!['\"]?[:=])", said)]
     assert not others, (
         f"Only {edit!r} breaks here, but the message also names {others}: judge and report each edit by itself"
+    )
+for field, value in {"urgency": "low", "category": "account", "action": "call", "product": None}.items():
+    moves = lambda text, new={field: value}: replace(rules(text), **new) if SIGNATURE in text else rules(text)
+    assert "test_invariance" in run_tests([test_invariance], toy(moves)), (
+        f"The signature changes the {field} and the test passes: the answer stays in all four fields"
     )
 ### BEGIN HIDDEN TESTS
 _given = toy(rules, "no product")
@@ -467,6 +479,22 @@ assert not run_tests([test_invariance], _given), (
 )
 _silent = lambda text: None if every(text, 6, 1) else rules(text)
 assert not run_tests([test_invariance], toy(_silent, "silent")), "None before and None after an edit is no change"
+_wakes = lambda text: None if SIGNATURE not in text and every(text, 6, 1) else rules(text)
+assert "signature" in str(run_tests([test_invariance], toy(_wakes, "silent"))), (
+    "None before the edit and a triage after it is a change, and it passes"
+)
+_both = lambda text: None if ("\n" in text) + (SIGNATURE in text) + (OTHER in text) > 1 else rules(text)
+assert not run_tests([test_invariance], toy(_both, "both")), (
+    "Each edit is made to the text as it was, not on top of another"
+)
+_half = lambda text: None if "\n" in text and ". " in text else rules(text)
+assert not run_tests([test_invariance], toy(_half, "half")), (
+    "Each '. ' becomes '.' and a line break, not the first alone"
+)
+_blind = lambda text: replace(rules(text), product=None)
+assert "product" in str(run_tests([test_invariance], toy(_blind, "blind"))), (
+    "A service that never names the product passes: the ticket's right answer says which name to replace, not the service's"
+)
 ### END HIDDEN TESTS
 
 
@@ -619,6 +647,98 @@ def test_invariance(triage, tickets):
         assert changed <= 0.05 * len(wanted), "lines, signature or product"
 
 
+# %% mistake="compares category and action alone" of="behaviour" says="right in all four fields"
+def test_minimum(triage, cases):
+    answers = triage([text for text, _ in cases])
+    pairs = [(a, truth) for a, (_, truth) in zip(answers, cases, strict=True)]
+    assert all(a is not None and (a.category, a.action) == (t.category, t.action) for a, t in pairs)
+
+
+def test_direction(triage, plain):
+    pass
+
+
+def test_invariance(triage, tickets):
+    pass
+
+
+# %% mistake="leaves out what has no answer" of="behaviour" says="None before the edit is a failure, not left out"
+def test_minimum(triage, cases):
+    assert triage([text for text, _ in cases]) == [truth for _, truth in cases]
+
+
+def test_direction(triage, plain):
+    before, after = triage([t.text for t in plain]), triage([t.text + " " + URGENT for t in plain])
+    good = [a == replace(b, urgency="high") for b, a in zip(before, after, strict=True) if b is not None]
+    assert good
+    assert sum(good) >= 0.95 * len(good)
+
+
+def test_invariance(triage, tickets):
+    pass
+
+
+# %% mistake="one edit on top of the other" of="behaviour" says="not on top of another"
+def test_minimum(triage, cases):
+    assert triage([text for text, _ in cases]) == [truth for _, truth in cases]
+
+
+def test_direction(triage, plain):
+    before, after = triage([t.text for t in plain]), triage([t.text + " " + URGENT for t in plain])
+    good = [b is not None and a == replace(b, urgency="high") for b, a in zip(before, after, strict=True)]
+    assert sum(good) >= 0.95 * len(good)
+
+
+def test_invariance(triage, tickets):
+    before = triage([t.text for t in tickets])
+    texts, wanted = [t.text.replace(". ", ".\n") for t in tickets], before
+    for edit in ("lines", "signature", "product"):
+        if edit == "signature":
+            texts = [text + " " + SIGNATURE for text in texts]
+        if edit == "product":
+            kept = [i for i, t in enumerate(tickets) if t.triage.product]
+            texts = [texts[i].replace(tickets[i].triage.product, OTHER) for i in kept]
+            wanted = [before[i] and replace(before[i], product=OTHER) for i in kept]
+        broken = sum(a != w for a, w in zip(triage(texts), wanted, strict=True))
+        assert broken <= 0.05 * len(texts), edit
+
+
+# %% alternative="a message of several lines" of="behaviour"
+def test_minimum(triage, cases):
+    wrong = [text for text, truth in cases if triage([text]) != [truth]]
+    assert wrong == []
+
+
+def test_direction(triage, plain):
+    def moves(ticket):
+        before, after = triage([ticket.text, f"{ticket.text} {URGENT}"])
+        return before is not None and after is not None and replace(before, urgency="high") == after
+
+    assert sum(map(moves, plain)) / len(plain) > 0.9499
+
+
+def test_invariance(triage, tickets):
+    def share(subset, edit, new):
+        old = [
+            (new(answer), text)
+            for answer, text in zip(triage([t.text for t in subset]), map(edit, subset), strict=True)
+        ]
+        return sum(triage([text]) != [wanted] for wanted, text in old) / max(1, len(subset))
+
+    named = [t for t in tickets if t.triage.product is not None]
+    shares = {
+        "lines": share(tickets, lambda t: t.text.replace(". ", ".\n"), lambda a: a),
+        "signature": share(tickets, lambda t: t.text + " " + SIGNATURE, lambda a: a),
+        "product": share(
+            named,
+            lambda t: t.text.replace(t.triage.product, OTHER),
+            lambda a: a if a is None else replace(a, product=OTHER),
+        ),
+    }
+    found = [f"{edit}: {value:.0%}" for edit, value in shares.items() if value > 0.05]
+    assert not found, "\n".join(["edits that change more than 5 % of the answers:", *found])
+
+
 # %% alternative="loops, one message at a time" of="behaviour"
 def test_minimum(triage, cases):
     for text, truth in cases:
@@ -691,7 +811,6 @@ for name in ("line breaks kept", "newline in the template"):
 
 # %%
 pool = [ticket for _ in range(companies) for ticket in World(next(test_seeds)).tickets(16, part="test")]
-company = np.repeat(np.arange(companies), 16)
 texts = [ticket.text for ticket in pool]
 right = {
     name: np.array([a == t.triage for a, t in zip(service.answer(release, texts), pool, strict=True)])
@@ -711,8 +830,8 @@ display(pd.DataFrame(rows).style.hide(axis="index").format({"exact match": "{:.1
 drops = {name: float(right["champion"].mean() - right[name].mean()) for name in CHANGES}
 for key, name in (("newline", "newline in the template"), ("alpha", "wrong alpha"), ("coarse", "4 bits, coarse"),
                   ("cut", "cut at 185 characters"), ("clerk", "a clerk's labels")):  # fmt: skip
-    lost = right["champion"].astype(float) - right[name]
-    spread = 1.96 * lost.std() / np.sqrt(len(lost))
+    by_company = (right["champion"].astype(float) - right[name]).reshape(companies, 16).mean(1)
+    spread = 1.96 * by_company.std(ddof=1) / np.sqrt(companies)
     card.record(f"drop_{key}", 100 * drops[name], low=100 * (drops[name] - spread), high=100 * (drops[name] + spread),
                 format=".1f", tolerance=1.5, label=f"drop in exact match, points: {name}")  # fmt: skip
 card.record("pool", len(pool), format="d", label="tickets in the pool")
@@ -722,7 +841,7 @@ card.record("pool", len(pool), format="d", label="tickets in the pool")
 #
 # Of $n$ tickets let $w$ be those that only the champion has right (*worse*) and $b$ those that only the challenger has right (*better*). The drop is $(w-b)/n$; tickets on which both are right or both wrong say nothing about it. Two questions can be asked, and they are not the same:
 #
-# **Is it worse?** If it were not, each disagreement would be a fair coin, $w \sim \mathrm{Bin}(w+b, \tfrac12)$. The one-sided exact McNemar test is $p = P(X \ge w)$ for $X \sim \mathrm{Bin}(w+b, \tfrac12)$, and 1 without disagreements. A small $p$ shows harm. A large $p$ shows *nothing*: with 5 tickets no release is ever significantly worse.
+# **Is it worse?** If it were not, each disagreement would be a fair coin, $w \sim \mathrm{Bin}(w+b, \tfrac12)$. The one-sided exact McNemar test is $p = P(X \ge w)$ for $X \sim \mathrm{Bin}(w+b, \tfrac12)$, and 1 without disagreements. A small $p$ shows harm. A large $p$ shows *nothing*: with 4 tickets no release is ever significantly worse, even if it loses all four ($p = 1/16$).
 #
 # **Is it not worse by more than a margin?** Here the challenger has to show something: that its drop is below a margin $\delta$ that you can live with. It passes if the upper confidence bound of the drop is below $\delta$ (*non-inferiority*). Few tickets give a high bound, and no pass.
 #
@@ -735,13 +854,13 @@ card.record("pool", len(pool), format="d", label="tickets in the pool")
 # **Exercise.** Write
 #
 # - `mcnemar(worse, better)`: the one-sided exact $p$. `mcnemar(5, 1)` is $7/64 \approx 0.109$, `mcnemar(0, 0)` is 1.
-# - `drop_bound(worse, better, n, alpha=0.05)`: Tango's upper bound, a share, to within 1e-5; 1.0 if `worse == n`. `drop_bound(4, 1, 320)` is 0.02482 and `drop_bound(0, 0, 320)` is 0.00838.
+# - `drop_bound(worse, better, n, alpha=0.05)`: Tango's upper bound, a share, to within 1e-5; 1.0 if `worse == n`. `drop_bound(4, 1, 320)` is 0.02482 and `drop_bound(0, 0, 320)` is 0.00838. After many wins it is negative: `drop_bound(0, 20, 320)` is -0.04370.
 #
 # All counts are whole numbers, $n \ge 1$, $w + b \le n$, and $0 < \alpha < 0.5$. *About 12 lines.*
 #
 # <details><summary>Hint 1</summary>For the first: the tail of a binomial, with the observed count in it. For the second: write Z as a function of δ, and find where Z + z crosses zero.</details>
 # <details><summary>Hint 2</summary><code>binomtest(worse, worse + better, alternative="greater").pvalue</code> needs at least one disagreement. <code>brentq(f, low, high)</code> finds a root between two points with different signs; Z is not defined at 0 and 1 exactly.</details>
-# <details><summary>Hint 3</summary>Low end: just above (worse − better)/n, but not below 0 by accident: where the drop is negative, start there all the same. High end: 1 − 1e-9. Guard the root with <code>max(B*B - 8*n*C, 0)</code>.</details>
+# <details><summary>Hint 3</summary>Low end: (worse − better)/n + 1e-9, also where that is negative. High end: 1 − 1e-9. Guard the root with <code>max(B*B - 8*n*C, 0)</code>.</details>
 
 
 # %% exercise="paired" difficulty=3 minutes=13
@@ -818,12 +937,24 @@ assert abs(swapped - 0.002798) < 1e-5, (
     f"With more wins than losses the observed drop is negative and the bound is near 0: drop_bound(1, 4, 320) is 0.00280; yours "
     f"is {swapped:.5f}"
 )
+try:
+    negative = drop_bound(0, 20, 320)
+except ValueError as error:
+    raise AssertionError(
+        f"drop_bound(0, 20, 320) raises {error}: after many wins the bound itself is negative; search from (worse - better)/n on"
+    ) from error
+assert abs(negative + 0.043702) < 1e-5, (
+    f"20 wins and no loss show a gain, and the bound is negative, -0.04370; yours is {negative:.5f}"
+)
 assert drop_bound(4, 1, 320, alpha=0.01) > got, "A smaller alpha asks for more certainty: the bound rises; use alpha"
 try:
-    got = drop_bound(7, 0, 7)
+    got, most = drop_bound(7, 0, 7), drop_bound(6, 0, 7)
 except (ValueError, ZeroDivisionError) as error:
-    raise AssertionError(f"drop_bound(7, 0, 7) raises {error}: all tickets lost has no root, return 1.0") from error
-assert got == 1, f"All tickets lost: the bound is 1.0; yours is {got}"
+    raise AssertionError(
+        f"7 or 6 tickets of 7 lost raises {error}: with all lost there is no root, return 1.0; else search up to 1"
+    ) from error
+assert abs(got - 1) < 1e-5, f"All tickets lost: the bound is 1.0; yours is {got}"
+assert abs(most - 0.967456) < 1e-5, f"drop_bound(6, 0, 7) is 0.96746; yours is {most:.5f}"
 
 
 ### BEGIN HIDDEN TESTS
@@ -955,6 +1086,21 @@ def drop_bound(worse, better, n, alpha=0.05):
     return brentq(above, 0.0, 1.0)
 
 
+# %% mistake="no bound below zero" of="paired" says="the bound is negative, -0.04370"
+def mcnemar(worse, better):
+    return float(binom.sf(worse - 1, worse + better, 0.5)) if worse + better else 1.0
+
+
+def drop_bound(worse, better, n, alpha=0.05):
+    def above(d):
+        b = (2 * n - worse + better) * d - worse - better
+        q = (np.sqrt(max(b * b + 8 * n * better * d * (1 - d), 0)) - b) / (4 * n)
+        return (worse - better - n * d) / (n * (2 * q + d * (1 - d))) ** 0.5 + norm.ppf(1 - alpha)
+
+    low = max(0, (worse - better) / n) + 1e-9
+    return 1.0 if worse == n else 0.0 if above(low) < 0 else brentq(above, low, 1 - 1e-9)
+
+
 # %% alternative="sums and bisection" of="paired"
 def mcnemar(worse, better):
     from math import comb
@@ -1055,6 +1201,7 @@ predicted_harmless, predicted_missed, predicted_peeking = 0.1, 0.2, 0.3
 for value, what in ((predicted_harmless, "predicted_harmless"), (predicted_missed, "predicted_missed"),
                     (predicted_peeking, "predicted_peeking")):  # fmt: skip
     assert value is not None, f"Write your prediction down before you look: {what} = a share from 0 to 1"
+    assert isinstance(value, Real), f"{what} is a number, a share from 0 to 1; yours is {value!r}"
     assert 0 <= value <= 1, f"{what} is a share from 0 to 1; yours is {value}"
 
 # %% check="plan" points=1
@@ -1138,9 +1285,9 @@ harmless_disagree = max(float((right["champion"] != right[name]).mean()) for nam
 accuracy = float(right["champion"].mean())
 rows = []
 for margin in (0.01, 0.02, 0.04):
-    for disagree in (0.005, 0.01, 0.02):
+    for disagree in (0.0025, 0.005, 0.01):
         n = tickets_needed(disagree, margin, 0.05, 0.9)
-        alone = tickets_needed(2 * accuracy * (1 - accuracy) + disagree, margin, 0.05, 0.9)
+        alone = tickets_needed(max(2 * accuracy * (1 - accuracy), 1e-4), margin, 0.05, 0.9)
         exact = pass_share(n, disagree / 2, disagree / 2, margin=margin)
         rows.append(
             {"margin": margin, "disagree": disagree, "tickets, paired": n, "exact power": exact, "not paired": alone}
@@ -1148,7 +1295,7 @@ for margin in (0.01, 0.02, 0.04):
 display(
     pd.DataFrame(rows)
     .style.hide(axis="index")
-    .format({"margin": "{:.0%}", "disagree": "{:.1%}", "exact power": "{:.0%}"})
+    .format({"margin": "{:.0%}", "disagree": "{:.2%}", "exact power": "{:.0%}"})
 )
 print(f"the harmless release that disagrees most: {harmless_disagree:.2%} of the pool")
 card.record(
@@ -1159,11 +1306,11 @@ card.record(
 )
 
 # %% [markdown]
-# Where disagreements are a handful, the normal approximation promises more power than there is: plan with the formula, check with the exact sum. (27 tickets for a margin of 4 points have no power at all, since even without a disagreement their bound is 9 points.) With 320 tickets, a margin of 2 points and 1 % of disagreements the exact power is {{power}}.
+# Where disagreements are a handful, the normal approximation promises more power than there is: plan with the formula, check with the exact sum. Pairing pays as long as both fail on the same tickets: the less they disagree, the fewer you label. (27 tickets for a margin of 4 points have no power at all, since even without a disagreement their bound is 9 points.) With 320 tickets, a margin of 2 points and 1 % of disagreements the exact power is {{power}}.
 #
 # ## Slices
 #
-# A drop of 2 points in the mean can be a drop of 20 points for one kind of customer. So look at slices: each category, each urgency, tickets that name no product, that digress, that are long. But eleven slices tested at 5 % each cry wolf in up to 43 % of the harmless releases. Holm's procedure (1979) keeps the probability of *any* false alarm at $\alpha$, for any dependence between the tests: sort the $m$ values $p_{(1)} \le \dots \le p_{(m)}$; for $k = 1, 2, \dots$ call slice $k$ harmed if $p_{(k)} \le \alpha/(m-k+1)$, and **stop at the first that is not**.
+# A drop of 2 points in the mean can be a drop of 20 points for one kind of customer. So look at slices: each category, each urgency, tickets that name no product, that digress, that are long. But eleven independent tests at 5 % each cry wolf in 43 % of the harmless releases. Holm's procedure (1979) keeps the probability of *any* false alarm at $\alpha$, for any dependence between the tests: sort the $m$ values $p_{(1)} \le \dots \le p_{(m)}$; for $k = 1, 2, \dots$ call slice $k$ harmed if $p_{(k)} \le \alpha/(m-k+1)$, and **stop at the first that is not**.
 #
 # In slices the question is the first one, "is harm shown?", since in a slice of thirty tickets no challenger could ever show that it is *not* worse by 2 points. So the burden of proof is divided: overall it lies with the challenger, in each slice with the gate.
 #
@@ -1226,6 +1373,7 @@ assert verdict(0, {"a": 0.02, "b": 0.03, "c": 0.04, "d": 0.9}, 0.02, 0.05) == []
     "0.02 > 0.05/4. Benjamini-Hochberg would go on; it holds the share of false alarms, Holm the chance of any"
 )
 ### BEGIN HIDDEN TESTS
+assert verdict(0.03, {}, 0.05, 0.05) == [], "margin is an argument: 0.03 is below 0.05"
 _rng = np.random.default_rng(3)
 for _m in (1, 2, 5, 12):
     for _ in range(40):
@@ -1337,7 +1485,8 @@ for name in CHANGES:
 # %%
 hundred = min(100, len(pool) // 2)
 blocked = {
-    key: np.zeros((len(CHANGES), resamples)) for key in ("fixed margin", "overall", "slices", "gate", "significant")
+    key: np.zeros((len(CHANGES), resamples))
+    for key in ("fixed margin", "overall", "slices", "slices alone", "gate", "significant")
 }
 for again in range(resamples):
     chosen = rng.integers(0, companies, companies)
@@ -1353,12 +1502,20 @@ for again in range(resamples):
                 ("significant", p_value(worse, better) <= 0.05),
                 ("overall", "overall" in found),
                 ("slices", bool(set(found) - {"overall"})),
+                ("slices alone", bool(found) and "overall" not in found),
                 ("gate", bool(found) or bool(broken_tests[name])),
             ):
                 blocked[key][place, again] += hit / 40
 shares = {key: value.mean(1) for key, value in blocked.items()}
 span = {key: np.quantile(value, [0.025, 0.975], axis=1) for key, value in blocked.items()}
-written = lambda key, i: f"{shares[key][i]:.0%}  ({span[key][0, i]:.0%} to {span[key][1, i]:.0%})"
+
+
+def written(key: str, place: int) -> str:
+    """A blocked share with its interval, where that is more than one number."""
+    share, low, high = (f"{part:.0%}" for part in (shares[key][place], *span[key][:, place]))
+    return share if low == high else f"{share} ({low} to {high})"
+
+
 frame = pd.DataFrame(
     {
         "change": list(CHANGES),
@@ -1397,6 +1554,12 @@ keep_share(
     int(fine[shares["gate"][fine].argmax()]),
     "gate: share blocked of the harmless change blocked most",
 )
+keep_share(
+    "slices_alone",
+    "slices alone",
+    int(shares["slices alone"].argmax()),
+    "slices: share blocked by them and not by the overall bound, of the change where that is largest",
+)
 for rule, key in (
     ("fixed", "fixed margin"),
     ("significant", "significant"),
@@ -1419,9 +1582,9 @@ compare(
 )
 
 # %% [markdown]
-# Read the table by columns. **The fixed margin** blocks *wrong alpha* in {{fixed_alpha}} ({{fixed_alpha:interval}}) of the test sets and *cut at 185 characters* in {{fixed_cut}} ({{fixed_cut:interval}}): a coin decides. **Blocked if significant** is the rule of those who read "no significant difference" as "equal", with the paired test on 100 tickets: {{significant_alpha}} and {{significant_cut}}. **The overall bound** blocks them in {{overall_alpha}} and {{overall_cut}} of the cases, and *a clerk's labels* in {{overall_clerk}}. *Line breaks kept* is blocked by behaviour alone, and no number of tickets would change that.
+# Read the table by columns. **The fixed margin** blocks *wrong alpha* in {{fixed_alpha}} ({{fixed_alpha:interval}}) of the test sets and *cut at 185 characters* in {{fixed_cut}} ({{fixed_cut:interval}}): a coin decides. **Blocked if significant** is the rule of those who read "no significant difference" as "equal", with the paired test on 100 tickets: {{significant_alpha}} and {{significant_cut}}. **The overall bound** blocks them in {{overall_alpha}} and {{overall_cut}} of the cases, and *a clerk's labels* in {{overall_clerk}}. *Line breaks kept* is blocked by behaviour alone, and no number of tickets would change that. A harmless release is blocked in {{gate_good_high}} ({{gate_good_high:interval}}) at most: where *retrained on new tickets* loses three tickets and wins none, the bound is above 2 points.
 #
-# **The slices** find *a clerk's labels* in {{slices_clerk}} and *wrong alpha* in {{slices_alpha}} of the cases, but here they never block what the overall bound lets pass. There is a reason: with eleven slices the smallest $p$ must be below 0.0046, which takes eight losses without a win. Eight of 320 are 2.5 points in the mean, and the bound sees those first. Slices earn their place in two ways. They say *where* it is broken. And they see a loss that gains elsewhere hide, which a champion near 100 % leaves no room for:
+# **The slices** find *a clerk's labels* in {{slices_clerk}} and *wrong alpha* in {{slices_alpha}} of the cases, but what the overall bound lets pass they block in {{slices_alone}} of the test sets. There is a reason: with eleven slices the smallest $p$ must be at most 0.0045, which takes eight losses without a win. Eight of 320 are 2.5 points in the mean, and the bound sees those first. Slices earn their place in two ways. They say *where* it is broken. And they see a loss that is hidden by gains elsewhere; a champion near 100 % leaves no room for such gains, so here are made-up counts:
 
 # %%
 hidden_bound = bound(10, 13, 320, 0.05)
@@ -1463,9 +1626,9 @@ def significant_share(drop: float, better: float, n: int = 100) -> float:
 
 
 for label, colour, values in (
-    ("fixed margin of 2 points, 100 tickets", COLOURS.before, [fixed_share(d, accuracy) for d in true_drop]),
-    ("blocked if significant, 100 tickets", COLOURS.other, [significant_share(d, noise) for d in true_drop]),
-    (f"upper bound below 2 points, {test_set} tickets", COLOURS.after, [1 - pass_share(test_set, d + noise, noise) for d in true_drop]),
+    ("fixed margin, 100 tickets", COLOURS.before, [fixed_share(d, accuracy) for d in true_drop]),
+    ("if significant, 100 tickets", COLOURS.other, [significant_share(d, noise) for d in true_drop]),
+    (f"upper bound, {test_set} tickets", COLOURS.after, [1 - pass_share(test_set, d + noise, noise) for d in true_drop]),
 ):  # fmt: skip
     ax.plot(100 * true_drop, values, color=colour, label=label)
 for place, name in enumerate(CHANGES):
@@ -1473,14 +1636,14 @@ for place, name in enumerate(CHANGES):
         for key, colour in (("fixed margin", COLOURS.before), ("overall", COLOURS.after)):
             ax.plot(100 * drops[name], shares[key][place], "o", ms=6, color=colour, mfc="white")
 ax.axvline(2, color=COLOURS.wrong, lw=1, ls="--")
-direct_label(ax, 2, 0.03, "margin", COLOURS.wrong)
+direct_label(ax, 2, 0.75, "margin", COLOURS.wrong)
 ax.set(xlabel="true drop in exact match, points", ylabel="probability of a block", ylim=(-0.03, 1.05), xlim=(-0.3, 8))
 ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 label_lines(ax)
 plt.show()
 
 # %% [markdown]
-# A good rule's curve is low at 0, high from the margin on, and steep between. The blue one is at 95 % at the margin by construction; tickets buy a steeper rise on its left. The grey one passes most releases whose drop is the largest that you tolerate. The green one is low everywhere, which is what a test without power looks like, and it gets *laxer* the less you measure.
+# A good rule's curve is low at 0, high from the margin on, and steep between. The blue one is at 95 % or a little more at the margin by construction; tickets buy a steeper rise on its left. The grey one passes most releases whose drop is the largest that you tolerate. The green one is low everywhere, which is what a test without power looks like, and it gets *laxer* the less you measure.
 #
 # What the figure does not show: a release with a true drop of 1 point. The margin says that you would live with it, the gate blocks it more often than not, and both are right: it has not been *shown* to be below 2. If that is too strict, buy tickets or move the margin, before you look at the release.
 #
@@ -1542,7 +1705,6 @@ assert not np.allclose(got, [1.8, 0.96, 1.152]), (
 assert not np.allclose(got, [3.0, 1.32, 1.8]), (
     "Divide the dollar among the bets: the mean of the wealths, not their sum"
 )
-assert not np.allclose(got, [1.5, 0.75 * 1.0, 1.125]), "Play each bet by itself"
 assert np.allclose(got, [1.5, 0.66, 0.9]), (
     f"evidence([1, -1, 1], (0.2, 0.8)) is [1.5, 0.66, 0.9]; yours is {got.tolist()}"
 )
@@ -1551,14 +1713,15 @@ assert len(evidence([], (0.2, 0.8))) == 0, "No outcome, no wealth to report: an 
 _rng = np.random.default_rng(2)
 for _bets in ((0.3,), (0.1, 0.5, 1.0)):
     _x = _rng.integers(-1, 2, 25)
+    _quiet = np.errstate(divide="ignore")  # the logarithm of a wealth of 0 is no mistake
     _want, _parts = [], [1.0 for _ in _bets]
     for _step in _x:
         _parts = [_w * (1 + _b * _step) for _w, _b in zip(_parts, _bets, strict=True)]
         _want.append(sum(_parts) / len(_parts))
-    assert np.allclose(evidence(_x, _bets), _want), (
-        f"evidence is wrong for the bets {_bets} and the outcomes {_x.tolist()}"
-    )
-    assert np.allclose(evidence(tuple(int(v) for v in _x), list(_bets)), _want), "Tuples and lists are sequences, too"
+    with _quiet:
+        _got, _again = evidence(_x, _bets), evidence(tuple(int(v) for v in _x), list(_bets))
+    assert np.allclose(_got, _want), f"evidence is wrong for the bets {_bets} and the outcomes {_x.tolist()}"
+    assert np.allclose(_again, _want), "Tuples and lists are sequences, too"
 _all = np.array([[1 if k >> j & 1 else -1 for j in range(7)] for k in range(128)])
 _ends = np.mean([np.asarray(evidence(row, (0.2, 0.8)))[-1] for row in _all])
 assert abs(_ends - 1) < 1e-9, f"Over all equally likely sequences a fair game keeps a mean of 1; yours has {_ends:.3f}"
@@ -1574,9 +1737,14 @@ assert alarm([1, 1, 1, -1, -1], (0.8,), 0.2) == 3, (
     "The alarm is the first time; that the wealth falls later undoes nothing"
 )
 assert alarm([1, 1], (1.0,), 0.26) == 2, "The wealth is 4, and 1/0.26 = 3.8: compare it with 1/alpha"
+assert alarm([1, 1, 0], (1.0,), 0.25) == 2, "The wealth reaches 4 = 1/0.25 with the second outcome: >=, not >"
+try:
+    got = alarm([], (0.5,), 0.05)
+except (ValueError, IndexError) as error:
+    raise AssertionError(f"alarm([], (0.5,), 0.05) raises {error}: without outcomes there is no alarm, None") from error
+assert got is None, f"Without outcomes there is no alarm, None; yours is {got!r}"
 assert alarm([1, 1], (0.8,), 0.2) is None, f"3.24 is below 5: no alarm, None; yours is {alarm([1, 1], (0.8,), 0.2)!r}"
 ### BEGIN HIDDEN TESTS
-assert alarm([], (0.5,), 0.05) is None, "Without outcomes there is no alarm"
 assert alarm([0, 1, 0, 1, 0, 1, 1], (0.8,), 0.2) == 6, "Outcomes of 0 are counted as seen"
 assert alarm([-1, 1, 1, 1, 1, 1, 1, 1], (0.2, 0.8), 0.2) == 8, (
     f"The mean of the two wealths reaches 5 after 8; yours {alarm([-1, 1, 1, 1, 1, 1, 1, 1], (0.2, 0.8), 0.2)}"
@@ -1653,6 +1821,26 @@ def alarm(outcomes, bets, alpha):
     if len(path) == 0 or path[-1] < 1 / alpha:
         return None
     return int(np.flatnonzero(path >= 1 / alpha)[0]) + 1
+
+
+# %% mistake="more than 1/alpha" of="canary" says=">=, not >"
+def evidence(outcomes, bets):
+    return np.cumprod(1 + np.outer(bets, outcomes), axis=1).mean(0)
+
+
+def alarm(outcomes, bets, alpha):
+    reached = np.flatnonzero(evidence(outcomes, bets) > 1 / alpha)
+    return int(reached[0]) + 1 if len(reached) else None
+
+
+# %% alternative="sums of logarithms" of="canary"
+def evidence(outcomes, bets):
+    steps = np.asarray(outcomes, float)
+    return np.mean([np.exp(np.cumsum(np.log(1 + bet * steps))) for bet in bets], axis=0)
+
+
+def alarm(outcomes, bets, alpha):
+    return next((k for k, wealth in enumerate(evidence(outcomes, bets), 1) if wealth >= 1 / alpha), None)
 
 
 # %% alternative="a loop over outcomes" of="canary"
@@ -1828,7 +2016,7 @@ with registry(versions=2) as client:
 # **Exercise.** Write three functions. `client` is an `MlflowClient`; versions are text (`"3"`), times are numbers that never decrease; `lock` is a context manager. Use `aliases`, `read_log` and `write_log`, and the two methods of the client in the cell above.
 #
 # - `promote(client, version, against, at, lock)`: if the present champion (`None` if there is none) is not `against`, raise `StaleError` and change nothing. Otherwise the alias `"champion"` moves to `version`, the alias `"challenger"` is deleted *if it points to* `version`, and the log gets `{"at": at, "event": "promote", "version": version}`.
-# - `rollback(client, at, lock)`: the champion *before* the present one becomes champion again; the log gets an event `"rollback"` with its version, which is returned. A second rollback goes one further back, not forth again: after promoting 1, 3, 4, two rollbacks lead to 3 and to 1. Raise `LookupError`, and change nothing, if there is none before.
+# - `rollback(client, at, lock)`: the champion *before* the present one becomes champion again; the log gets an event `"rollback"` with its version, which is returned. A second rollback goes one further back, not forth again: after promoting 1, 3, 4, two rollbacks lead to 3 and to 1. The alias `"challenger"` stays as it is. Raise `LookupError`, and change nothing, if there is none before.
 # - `champion_at(log, at)`: the champion at that time (an event counts from its own time on), `None` before the first.
 #
 # The first two look, decide and write while they hold the lock. *About 25 lines.*
@@ -1992,10 +2180,14 @@ with registry(versions=5) as client:
     for at, (version, against) in enumerate((("1", None), ("3", "1"), ("4", "3"))):
         promote(client, version, against, float(at), lock)
     uses = len(lock.left)
+    client.set_registered_model_alias(NAME, "challenger", "5")
     got = rollback(client, 3.0, lock)
     assert len(lock.left) > uses, "rollback does not use the lock: with lock: …"
     assert got == "3", f"The champion before 4 was 3; yours is {got!r}"
     assert aliases(client).get("champion") == "3", "rollback moves the alias champion"
+    assert aliases(client).get("challenger") == "5", (
+        f"rollback leaves the alias challenger, which points to 5, as it is; yours: {aliases(client)}"
+    )
     assert read_log(client)[-1] == {"at": 3.0, "event": "rollback", "version": "3"}, (
         f"A rollback is an event like any other and belongs into the log; the last entry is {read_log(client)[-1]}"
     )
@@ -2013,7 +2205,12 @@ with registry(versions=5) as client:
         raise AssertionError("There is no champion before 1: raise LookupError")
     log = read_log(client)
     assert len(log) == 5, f"A rollback that is refused is not in the log; yours has {len(log)} events in place of 5"
-    found = [champion_at(log, at) for at in (-0.5, 0, 1.5, 2, 3.0, 9)]
+    try:
+        found = [champion_at(log, at) for at in (-0.5, 0, 1.5, 2, 3.0, 9)]
+    except (LookupError, TypeError, ValueError) as error:
+        raise AssertionError(
+            f"champion_at raises {error!r}: before the first event there is no champion, None"
+        ) from error
     assert found == [None, "1", "3", "4", "3", "1"], (
         f"At -0.5, 0, 1.5, 2, 3, 9 the champion was None, 1, 3, 4, 3, 1 (an event counts from its own time on); yours: {found}"
     )
@@ -2176,6 +2373,34 @@ def champion_at(log, at):
     return None
 
 
+# %% mistake="the rolled back version becomes challenger" of="registry" says="leaves the alias challenger"
+def promote(client, version, against, at, lock):
+    with lock:
+        if aliases(client).get("champion") != against:
+            raise StaleError(version)
+        client.set_registered_model_alias(NAME, "champion", version)
+        if aliases(client).get("challenger") == version:
+            client.delete_registered_model_alias(NAME, "challenger")
+        write_log(client, [*read_log(client), {"at": at, "event": "promote", "version": version}])
+
+
+def rollback(client, at, lock):
+    with lock:
+        log, stack = read_log(client), []
+        for event in log:
+            stack = [*stack, event["version"]] if event["event"] == "promote" else stack[:-1]
+        if len(stack) < 2:
+            raise LookupError("none before")
+        client.set_registered_model_alias(NAME, "champion", stack[-2])
+        client.set_registered_model_alias(NAME, "challenger", stack[-1])
+        write_log(client, [*log, {"at": at, "event": "rollback", "version": stack[-2]}])
+        return stack[-2]
+
+
+def champion_at(log, at):
+    return next((event["version"] for event in reversed(log) if event["at"] <= at), None)
+
+
 # %% mistake="deletes any challenger" of="registry" says="which was not promoted: leave it"
 def promote(client, version, against, at, lock):
     with lock:
@@ -2332,7 +2557,7 @@ CHOICES = (0, 80, 134, 200, 320, 500, 800, 1200, 2000)
 #
 # For 100 tickets, `Change(0.8, 0.0, 0.9, 1000)`, `Change(0.2, 0.05, 0.5, 1000)` and `Costs(1.0, 10.0, 400.0)` it is $100 + 0.8 \cdot 0.1 \cdot 400 + 0.2 \cdot 0.5 \cdot 0.05 \cdot 1000 \cdot 10 = 182$ dollars.
 #
-# Then two decisions before you look, each one of `CHOICES`: `my_tickets`, the number of tickets of the cheapest gate if all traffic moves at once, and `my_tickets_canary`, if a canary comes after the gate. The prior and the costs are in the cell above, the margin is 2 points; with fewer than 133 tickets no challenger can bring the bound below 2 points at 5 %, and 0 means no gate. *About 6 lines.*
+# Then two decisions before you look, each one of `CHOICES`: `my_tickets`, the number of tickets of the cheapest gate if all traffic moves at once, and `my_tickets_canary`, if a canary comes after the gate. The prior and the costs are in the cell above, the margin is 2 points and $\alpha$ is 0.05; with fewer than 133 tickets a challenger without a win cannot bring the bound below 2 points, and 0 means no gate. *About 6 lines.*
 #
 # <details><summary>Hint 1</summary>An expectation over changes: each term is prior times (probability times cost) of what can happen to it. What does not depend on the change stands outside.</details>
 # <details><summary>Hint 2</summary>The two kinds of changes have different terms: one is paid when it passes, the other when it is blocked.</details>
@@ -2594,9 +2819,9 @@ for canary, name in ((False, "alone"), (True, "canary")):
     )
 
 # %% [markdown]
-# **All traffic at once.** The curve falls steeply to the cheapest gate, {{tickets_alone}} tickets ({{best_alone}} dollars; {{zero_alone}} without a gate), and then rises with the price of labels. Twice the tickets cost little more than the labels; half of them would cost many delays, because a bound below 2 points is out of reach: a gate that is too small blocks everything.
+# **All traffic at once.** The curve falls steeply to the cheapest gate, {{tickets_alone}} tickets ({{best_alone}} dollars; {{zero_alone}} without a gate), and then rises with the price of labels. Twice the tickets cost little more than the labels; 80 at $\alpha = 0.05$ cost many delays, because without a win a bound below 2 points is out of reach: a gate that is too small blocks nearly everything.
 #
-# **With a canary** the same gate saves next to nothing: {{best_canary}} dollars against {{zero_canary}} without any. For the ten changes as measured it is {{cost_none}} dollars with nothing, {{cost_fixed}} with the fixed margin, {{cost_gate}} with the gate, {{cost_canary}} with the canary alone, and {{cost_both}} with both. If you predicted that two defences are cheaper than one, that is the point: once a broken release is found after some hundred requests, 320 labels are the larger bill. The gate pays beside the canary when a wrong answer costs more than about {{break_even}} dollars in place of 5.
+# **With a canary** the best gate of the figure saves next to nothing: {{best_canary}} dollars against {{zero_canary}} without any. For the ten changes as measured it is {{cost_none}} dollars with nothing, {{cost_fixed}} with the fixed margin, {{cost_gate}} with the gate, {{cost_canary}} with the canary alone, and {{cost_both}} with both. If you predicted that two defences are cheaper than one, that is the point: once a broken release is found after some hundred requests, 320 labels are the larger bill. The gate pays beside the canary when a wrong answer costs more than about {{break_even}} dollars in place of 5.
 #
 # What is assumed, and decides: clerks tell you at once and for every request whether an answer was right. Where feedback takes weeks, or comes from those only who complain, or a wrong answer cannot be taken back, there is no canary, and the left figure is yours. The behavioural tests cost no label at all.
 #
@@ -2623,7 +2848,7 @@ card.show()
 #
 # <details><summary>Exact match went from 99.2 % to 98.6 % on 320 tickets. Do you ship?</summary>
 #
-# I cannot tell from two shares. Were it the same tickets, I count the disagreements: 4 lost and 2 won give a bound of 2.2 points, 2 lost and none won one of 1.9. I ship if the upper bound is below the margin that we wrote down before, no slice is harmed after Holm's correction, and the behavioural tests pass. Written rules of the form "at most 2 points worse on 100 tickets" blocked a real drop of {{drop_alpha}} points in {{fixed_alpha}} of my test sets.
+# I cannot tell from two shares. I have both answer the same tickets and count the disagreements: 4 lost and 2 won give a bound of 2.2 points, 2 lost and none won one of 1.9. I ship if the upper bound is below the margin that we wrote down before, no slice is harmed after Holm's correction, and the behavioural tests pass. Written rules of the form "at most 2 points worse on 100 tickets" blocked a real drop of {{drop_alpha}} points in {{fixed_alpha}} of my test sets.
 #
 # </details>
 #
