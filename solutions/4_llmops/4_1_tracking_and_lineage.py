@@ -1633,7 +1633,7 @@ for x, agreed, colour, marker in [*spots, (seed_apart, by_seed, COLOURS.before, 
     low, high = triage.interval(agreed)
     right.plot([x, x], [low, high], color=colour, lw=1.4)
     right.plot(x, agreed.mean(), marker, ms=8, color=colour)
-right.set(xscale="log", xlim=(3e-10, 10), ylim=(0, 1.1), xlabel="largest difference between two weights")
+right.set(xscale="log", xlim=(3e-10, 40), ylim=(0, 1.1), xlabel="largest difference between two weights")
 right.set(ylabel="test tickets with the same answer", title="What 'not reproducible' amounts to")
 right.set_xticks([floor, 1e-7, 1e-5, 1e-3, 1e-1], ["none", *(f"$10^{{{power}}}$" for power in (-7, -5, -3, -1))])
 right.minorticks_off()
@@ -1641,13 +1641,13 @@ right.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
 direct_label(
     right, floor, 1, f"{sum(r.same for r in reruns.values())} reruns: same bytes", COLOURS.after, offset=(-6, 8)
 )
-for kind, offset in (("attention", (-24, -34)), ("c3", (10, -2))):
+for kind, offset in (("attention", (-24, -34)), ("c3", (10, -12))):
     own_spots = [r for r in failed.values() if by_code(r) == kind]
     if own_spots:
         last = max(own_spots, key=lambda r: r.apart)
         name = "code c3" if kind == "c3" else kind
         direct_label(right, last.apart, last.agreement.mean(), name, COLOURS.wrong, offset=offset)
-direct_label(right, seed_apart, by_seed.mean(), "another seed", COLOURS.before, offset=(-92, -30))
+direct_label(right, seed_apart, by_seed.mean(), "another seed", COLOURS.before, offset=(6, 10))
 plt.show()
 
 # %% [markdown]
