@@ -2263,7 +2263,7 @@ with fresh_store() as (own, experiment), tempfile.TemporaryDirectory(dir=root) a
     )
     with mock.patch.object(own, "get_prompt_version", return_value=None):
         assert broken_at(line, own, where, "The registry gave None for the prompt's version") == "prompt", (
-            "The link is 'prompt'"
+            "The link is 'prompt': the registry may give None in place of an exception"
         )
     with mock.patch.object(own, "get_model_version", return_value=mock.Mock(run_id="")):
         assert broken_at(line, own, where, "The version's run_id is empty") == "model", (
@@ -2433,7 +2433,7 @@ def affected(ids, log, lineage_of):
     return [], []
 
 
-# %% mistake="expects an exception only" of="lineage" says="The registry gave None"
+# %% mistake="expects an exception only" of="lineage" says="the registry may give None"
 def trace(entry, client, store, name):
     try:
         prompt = client.get_prompt_version(entry["prompt"], entry["prompt_version"])
