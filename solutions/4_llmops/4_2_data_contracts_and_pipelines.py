@@ -5,7 +5,7 @@
 #
 # **You will measure.** Ten tests at 5 % each stop {{far_each}} of the clean batches; the same tests under Holm's correction at 1 % stop {{far_holm}} ({{far_holm:interval}}) and still catch {{power_holm}} of the batches with a planted fault. A pipeline with {{changes}} kinds of change reruns the same stages as DVC in {{agree}} of {{changes}}, and both leave a stale result in one. A poisoned batch let in gives the attacker's action to {{backdoor_in}} of the tickets that carry the attacker's sentence, while exact match on the test set is {{exact_in}}.
 #
-# **You need.** pandas; p-values; lesson 1.5 (finetuning) for the last experiment. A shell.
+# **You need.** pandas; p-values; `git`; lesson 1.5 (finetuning) for the last experiment.
 #
 # **Time.** About 90 minutes, 68 of them for the exercises; the solution runs in {{run:seconds}} s on one CPU core.
 
@@ -23,8 +23,8 @@ pool_size = 24_000  # clean tickets that batches are drawn from; quick: 8_000
 clean_batches = 200  # for each batch size; quick: 6
 fault_batches = 30  # for each fault and batch size; quick: 2
 runs = 4  # of the finetuning, each with a company and a seed of its own; quick: 1
-steps = 60  # of each finetuning; quick: 2
-test_tickets = 96  # of each run; quick: 8
+steps = 50  # of each finetuning, in batches of 8: one pass over a night; quick: 2
+test_tickets = 64  # of each run; quick: 8
 seed = 0
 
 # %%
@@ -88,7 +88,12 @@ held_out = received(world, 500, part="test")  # the test set of the model
 catalogue = frozenset(world.entities["product"])
 batch = pool.iloc[:300].reset_index(drop=True)
 faults = {**ROW_FAULTS, "test set leaked": leak_from(held_out), **BATCH_FAULTS}
-display(batch.head(4).style.hide(axis="index").set_properties(**{"white-space": "normal", "text-align": "left"}))
+display(
+    batch.head(4)
+    .style.hide(axis="index")
+    .format(precision=1)
+    .set_properties(**{"white-space": "normal", "text-align": "left"})
+)
 print("planted faults:", "; ".join(faults))
 
 # %% [markdown]
@@ -142,8 +147,9 @@ def refusals(schema, table: pd.DataFrame) -> set[tuple[str, int | None]]:
     for context, column, check, value, label in zip(
         cases["schema_context"], cases["column"], cases["check"], cases["failure_case"], cases["index"], strict=True
     ):
+        of_row = context == "DataFrameSchema" and check != "multiple_fields_uniqueness"
         if not pd.isna(label):
-            found.add(("row" if context == "DataFrameSchema" else str(column), int(label)))
+            found.add(("row" if of_row else str(column), int(label)))
         elif str(check).startswith(("column_", "dtype")):  # else a check that could not run, beside its reason
             found.add((str(value) if str(check).startswith("column_") else str(column), None))
     return found
@@ -154,9 +160,9 @@ def refusals(schema, table: pd.DataFrame) -> set[tuple[str, int | None]]:
 #
 # | column | type | missing | each value |
 # |---|---|---|---|
-# | `ticket_id` | `str` | no | occurs once in the batch |
+# | `ticket_id` | `str` | no | occurs once in the batch, else all its rows are refused |
 # | `received` | `"datetime64[us, UTC]"` | no | |
-# | `text` | `str` | no | does not contain the pattern `DAMAGE`; is not in `held_out` |
+# | `text` | `str` | no | does not contain the pattern `DAMAGE`; equals no text of `held_out` |
 # | `product` | `str` | **yes** | in `catalogue` |
 # | `category`, `urgency`, `action` | `str` | no | in `CATEGORIES`, `URGENCIES`, `ACTIONS` |
 # | `labeller` | `str` | no | in `LABELLERS` |
@@ -165,7 +171,7 @@ def refusals(schema, table: pd.DataFrame) -> set[tuple[str, int | None]]:
 # And of each row: the pair `(category, action)` is in `PAIRS`. And of the table: exactly these columns, in any order. A type that does not fit is **refused, not converted**: whoever sends minutes as text has changed something else as well. *About 20 lines.*
 #
 # <details><summary>Hint 1</summary>Which of pandera's defaults are stricter than this table (missing values) and which are laxer (unknown columns)?</details>
-# <details><summary>Hint 2</summary><code>pa.Column(str, checks, nullable=…, unique=…)</code>; <code>pa.Check.isin(…)</code>, <code>pa.Check.gt(0)</code>; <code>pa.Check(lambda series: …)</code> returns a Boolean for each value; a check among the schema's own <code>checks=</code> gets the whole table.</details>
+# <details><summary>Hint 2</summary><code>pa.Column(str, checks, nullable=…, unique=…)</code>; <code>pa.Check.isin(…)</code>, <code>pa.Check.gt(0)</code>; <code>pa.Check(lambda series: …)</code> returns a Boolean Series; a check among the schema's own <code>checks=</code> gets the whole table.</details>
 # <details><summary>Hint 3</summary>The check of pairs gets a frame and returns <code>pd.Series([pair in PAIRS for pair in zip(frame["category"], frame["action"])], index=frame.index)</code>. Give the schema <code>strict=True</code>, and no <code>coerce</code>.</details>
 
 
@@ -202,14 +208,14 @@ def small(**changes: Sequence) -> pd.DataFrame:
     """Six good rows, with some columns replaced."""
     columns = {
         "ticket_id": [f"a{i}" for i in range(6)],
-        "received": pd.date_range("2031-01-01", periods=6, freq="h", tz="UTC").as_unit("us"),
-        "text": ["The Nolux is late.", "It broke.", "Yours, Ida Schön", "Why?", "The lid is cracked.", "Hello!"],
+        "received": pd.DatetimeIndex(["2031-01-01"] * 6, tz="UTC").as_unit("us"),
+        "text": ["The Nolux is late.", "It broke.", "Yours, Ida Schön", "Why?", "It broke.", "Hello!"],
         "product": pd.Series(["Nolux", None, "Barix", None, "Barix", "Nolux"], dtype=object),
         "category": ["delivery", "defect", "billing", "setup", "defect", "account"],
         "urgency": ["low", "normal", "high", "low", "low", "high"],
         "action": ["refund", "repair", "refund", "explain", "replace", "call"],
         "labeller": ["clerk", "vendor", "clerk", "assistant", "vendor", "clerk"],
-        "minutes": [1.0, 2.5, 0.1, 7.0, 3.0, 4.0],
+        "minutes": [1.0, 2.5, 0.1, 7.0, 2.5, 4.0],
     }
     return pd.DataFrame(columns | changes)
 
@@ -218,8 +224,17 @@ schema = contract(frozenset({"Nolux", "Barix"}), frozenset({"Seen in the test se
 got = refusals(schema, small())
 assert ("product", 1) not in got, "A product may be missing: a pandera column refuses nulls unless nullable=True"
 assert not got, f"These rows are good and must pass; yours refuses {sorted(got, key=str)}"
+broken = []
+try:
+    schema.validate(small(), lazy=True)
+except pa.errors.SchemaErrors as errors:
+    broken = errors.failure_cases["failure_case"].tolist()
+assert not broken, f"A check of yours cannot judge good rows: {broken}. A check returns a Series of Booleans"
 got = refusals(schema, small(ticket_id=["a0", "a1", "a2", "a3", "a1", "a5"]))
 assert ("ticket_id", 4) in got, "An id occurs once in a batch (unique=True), or the ticket is trained on twice"
+assert got == {("ticket_id", 1), ("ticket_id", 4)}, (
+    f"Rows 1 and 4 share an id, and which of them is right nobody knows: refuse both; yours refuses {got}"
+)
 bad = small(text=["The NoluxÂ is", "It broke.", "Yours, Ida SchÃ¶n", "Seen in the test set.", "â€“", "H\ufffdllo!"])
 got = refusals(schema, bad)
 assert ("text", 2) in got, (
@@ -261,6 +276,27 @@ for _case in range(12):
     )
     _good[_column] = pd.Series(_values, dtype=object)
     assert (_column, _row) in refusals(schema, _good), f"{_column} = {_values[_row]!r} in row {_row} must be refused"
+for _column, _value in (
+    ("product", ""),
+    ("product", "nolux"),
+    ("category", "Defect"),
+    ("urgency", "lowest"),
+    ("action", "no refund"),
+    ("labeller", "clerks"),
+    ("text", "Hello,\nyours, SchÃ¶n"),
+):
+    _values = pd.Series([*small()[_column].tolist()[:5], _value], dtype=object)
+    assert (_column, 5) in refusals(schema, small(**{_column: _values})), f"{_column} = {_value!r} must be refused"
+_near = [
+    "seen in the test set.",
+    "Seen in the test set. And more.",
+    "Seen in",
+    "See",
+    " Seen in the test set.",
+    "Set.\nSeen?",
+]
+_got = refusals(schema, small(text=_near, minutes=[10_000.0, 1e-3, 600.0, 1e6, 0.5, 1.0]))
+assert not _got, f"No text equals one of held_out, and minutes have no upper bound; yours refuses {_got}"
 _shuffled = small()[list(COLUMNS)[::-1]]
 assert not refusals(schema, _shuffled), "The order of the columns plays no part"
 _times = small()["received"].tolist()
@@ -268,6 +304,8 @@ _got = refusals(schema, small(received=pd.to_datetime([*_times[:2], None, *_time
 assert ("received", 2) in _got, "The time of receipt must not be missing"
 _relabelled = small(minutes=[1.0, 0.0, 0.1, 7.0, 3.0, 4.0]).set_index(pd.Index([10, 20, 30, 40, 50, 60]))
 assert refusals(schema, _relabelled) == {("minutes", 20)}, "Rows are named by their label in the index, whatever it is"
+_relabelled = small(action=["refund", "call", "refund", "explain", "replace", "call"]).set_index(_relabelled.index)
+assert refusals(schema, _relabelled) == {("row", 20)}, "Rows are named by their label in the index, whatever it is"
 _other = contract(frozenset({"Zorbax"}), frozenset())
 assert ("product", 0) in refusals(_other, small()), "Use the catalogue that is given"
 ### END HIDDEN TESTS
@@ -293,8 +331,13 @@ _got = refusals(schema, small(received=pd.date_range("2031-01-01", periods=6, fr
 assert ("received", None) in _got, "A time in another zone must be refused: the type is datetime64[us, UTC]"
 _got = refusals(schema, small(minutes=[1, 2, 3, 4, 5, 6]))
 assert ("minutes", None) in _got, "Whole numbers are another type than float: refuse, do not convert"
-_got = refusals(schema, small().drop(columns="text"))
-assert ("text", None) in _got, "A missing column must be refused"
+for _name in COLUMNS:
+    assert (_name, None) in refusals(schema, small().drop(columns=_name)), f"{_name} must not be missing as a column"
+    if _name not in ("received", "minutes"):
+        _got = refusals(schema, small(**{_name: pd.Categorical(small()[_name])}))
+        assert (_name, None) in _got, f"{_name} as categories is no str: give every column its type; yours: {_got}"
+_got = refusals(schema, small(ticket_id=[1, 2, 3, 4, 5, 6]))
+assert "ticket_id" in {_place for _place, _ in _got}, "Ids as numbers are no str: give the column its type, no coerce"
 for _category in CATEGORIES:
     for _action in ACTIONS:
         _got = refusals(schema, small(category=[_category] * 6, action=[_action] * 6))
@@ -431,6 +474,65 @@ def contract(catalogue, held_out):
     )
 
 
+# %% mistake="the first of two ids is kept" of="contract" says="refuse both"
+def contract(catalogue, held_out):
+    good = pa.Check(lambda s: ~(s.str.contains(DAMAGE) | s.isin(held_out)))
+    pairs = pa.Check(lambda d: pd.Series([*zip(d["category"], d["action"], strict=True)], index=d.index).isin(PAIRS))
+    return pa.DataFrameSchema(
+        {
+            "ticket_id": pa.Column(str, unique=True, report_duplicates="exclude_first"),
+            "received": pa.Column("datetime64[us, UTC]"),
+            "text": pa.Column(str, good),
+            "product": pa.Column(str, pa.Check.isin(catalogue), nullable=True),
+            "category": pa.Column(str, pa.Check.isin(CATEGORIES)),
+            "urgency": pa.Column(str, pa.Check.isin(URGENCIES)),
+            "action": pa.Column(str, pa.Check.isin(ACTIONS)),
+            "labeller": pa.Column(str, pa.Check.isin(LABELLERS)),
+            "minutes": pa.Column(float, pa.Check.gt(0)),
+        },
+        checks=pairs,
+        strict=True,
+    )
+
+
+# %% mistake="types only where they hurt" of="contract" says="give every column its type"
+def contract(catalogue, held_out):
+    good = pa.Check(lambda s: ~(s.str.contains(DAMAGE) | s.isin(held_out)))
+    pairs = pa.Check(lambda d: pd.Series([*zip(d["category"], d["action"], strict=True)], index=d.index).isin(PAIRS))
+    options = {"category": CATEGORIES, "urgency": URGENCIES, "action": ACTIONS, "labeller": LABELLERS}
+    return pa.DataFrameSchema(
+        {
+            "ticket_id": pa.Column(unique=True),
+            "received": pa.Column("datetime64[us, UTC]"),
+            "text": pa.Column(str, good),
+            "product": pa.Column(checks=pa.Check.isin(catalogue), nullable=True),
+            **{name: pa.Column(checks=pa.Check.isin(values)) for name, values in options.items()},
+            "minutes": pa.Column(float, pa.Check.gt(0)),
+        },
+        checks=pairs,
+        strict=True,
+    )
+
+
+# %% alternative="ids unique in the schema, values one by one" of="contract"
+def contract(catalogue, held_out):
+    def one_of(values):
+        return pa.Check(lambda value: value in values, element_wise=True)
+
+    columns = {name: pa.Column(str) for name in COLUMNS}
+    columns["received"] = pa.Column(pd.DatetimeTZDtype("us", "UTC"))
+    columns["text"] = pa.Column(
+        str, pa.Check(lambda text: not (text in held_out or re.search(DAMAGE, text)), element_wise=True)
+    )
+    columns["product"] = pa.Column(str, one_of(catalogue), nullable=True)
+    for name, values in zip(("category", "urgency", "action"), (CATEGORIES, URGENCIES, ACTIONS), strict=True):
+        columns[name] = pa.Column(str, one_of(values))
+    columns["labeller"] = pa.Column(str, one_of(LABELLERS))
+    columns["minutes"] = pa.Column("float64", pa.Check.greater_than(0))
+    pair = pa.Check(lambda frame: frame.apply(lambda row: (row["category"], row["action"]) in PAIRS, axis=1))
+    return pa.DataFrameSchema(columns, checks=[pair], strict=True, unique=["ticket_id"])
+
+
 # %% alternative="a DataFrameModel" of="contract"
 def contract(catalogue, held_out):
     class Tickets(pa.DataFrameModel):
@@ -505,20 +607,20 @@ lens = Lens(pool.iloc[:2000])
 columns = lens.features(pool.iloc[2000:])
 references = [columns.iloc[i * 1500 : (i + 1) * 1500] for i in range(4 if pool_size > 10_000 else 1)]
 clean = columns.iloc[1500 * len(references) :].reset_index(drop=True)  # 1,500 tickets a reference
-display(clean.head(3).style.hide(axis="index"))
+display(clean.head(3).style.hide(axis="index").format(precision=1))
 
 # %% [markdown]
-# Each column gets a test of whether both samples come from one distribution; its p-value is below $\alpha$ with probability (about) $\alpha$ when they do. With $m$ columns tested at $\alpha$ each, some column rings in up to $1-(1-\alpha)^m$ of the *clean* batches. Holm (1979) keeps the chance that any rings below $\alpha$, whatever the dependence between columns: sort the p-values, compare the smallest with $\alpha/m$, the next with $\alpha/(m-1)$, and so on; stop at the first that is not smaller or equal.
+# Each column gets a test of whether both samples come from one distribution; its p-value is below $\alpha$ with probability (about) $\alpha$ when they do. With $m$ columns tested at $\alpha$ each, some column rings in $1-(1-\alpha)^m$ of the *clean* batches if the columns are independent, and in at most $m\alpha$ whatever they are. Holm (1979) keeps that chance below $\alpha$ under any dependence: sort the p-values, compare the smallest with $\alpha/m$, the next with $\alpha/(m-1)$, and so on; stop at the first that is not smaller or equal.
 #
 # **Exercise.** Three things.
 #
 # 1. *Predict*: ten columns, each tested at 5 %. In which share of the clean batches does at least one ring? `predicted_any`, from 0 to 1.
-# 2. `column_pvalues(reference, batch)` returns a dictionary from each column of `reference` to its p-value, a float. A numeric column (`int` or `float`): two-sample Kolmogorov-Smirnov, two-sided. Any other: the chi-square test of homogeneity on the table of *counts*, 2 rows (reference, batch) by one column for each value that occurs in either of them, without a continuity correction; a missing value counts as a value. When there is one value only, the p-value is 1. Both samples have rows, and `batch` has all columns of `reference`, perhaps in another order.
+# 2. `column_pvalues(reference, batch)` returns a dictionary from each column of `reference` to its p-value, a float. Columns hold numbers (`int` or `float`, none missing) or text. Numbers: two-sample Kolmogorov-Smirnov, two-sided, asymptotic or exact. Text: the chi-square test of homogeneity on the table of *counts*, 2 rows (reference, batch) by one column for each value that occurs in either of them, without a continuity correction; a missing value counts as a value. When there is one value only, the p-value is 1. Both samples have rows, and `batch` has all columns of `reference`, perhaps in another order.
 # 3. `holm(pvalues, level)` returns the set of the columns that Holm's procedure rejects. With `{"a": 0.004, "b": 0.04, "c": 0.02}` and a level of 0.05 it is `{"a", "b", "c"}`; with 0.03 it is `{"a"}`: 0.02 is above 0.03 / 2, and there it stops.
 #
 # *About 18 lines.*
 #
-# <details><summary>Hint 1</summary>The reference is a sample too. What does value_counts do with missing values by default? What if a value occurs in the batch alone?</details>
+# <details><summary>Hint 1</summary>The reference is a sample too. What does value_counts do with missing values by default, and what becomes of them when two such counts are joined? What if a value occurs in the batch alone?</details>
 # <details><summary>Hint 2</summary><code>ks_2samp(a, b).pvalue</code> (method="asymp" is faster); <code>chi2_contingency(table, correction=False).pvalue</code>; <code>pd.api.types.is_numeric_dtype</code>; <code>pd.factorize(values, use_na_sentinel=False)</code> numbers the values of both samples at once.</details>
 # <details><summary>Hint 3</summary>Codes of the concatenated column; <code>np.bincount</code> of the first len(reference) codes and of the rest, with the same minlength, are the table's rows. Holm: for place, name in enumerate(sorted(pvalues, key=pvalues.get)): if the p-value is above level / (m - place), break; else add the name.</details>
 
@@ -629,6 +731,7 @@ for _case in range(6):
 # %% check="alarms" points=2
 three = {"a": 0.004, "b": 0.04, "c": 0.02}
 got = holm({"a": 0.03, "b": 0.6, "c": 0.7, "d": 0.8}, 0.05)
+assert isinstance(got, (set, frozenset)), f"Return a set of column names; yours is a {type(got).__name__}"
 assert got == set(), (
     f"Four columns, the smallest p-value 0.03 is above 0.05 / 4: nothing is rejected; yours rejects {got}. Each column "
     "at the full level rings far too often"
@@ -645,6 +748,10 @@ assert got == {"a"}, (
     f"Stop at the first p-value that is too large: 0.02 is above 0.05/3, so a alone; yours goes on and rejects {got}. "
     "(Stepping up from the largest, as Hochberg and Benjamini-Hochberg do, rejects more and promises less.)"
 )
+got = holm({"a": 0.0125, "b": 0.6, "c": 0.7, "d": 0.8}, 0.05)
+assert got == {"a"}, f"0.0125 is exactly 0.05 / 4, and smaller or equal is rejected; yours rejects {got}"
+got = holm({"a": 0.01, "b": 0.01, "c": 0.9}, 0.05)
+assert got == {"a", "b"}, f"a and b have the same p-value, and both count; yours rejects {got}"
 assert holm({}, 0.05) == set(), f"No column, no alarm; yours: {holm({}, 0.05)}"
 ### BEGIN HIDDEN TESTS
 _rng = np.random.default_rng(2)
@@ -655,7 +762,9 @@ for _m in (1, 2, 5, 12):
         _order = sorted(_p, key=_p.get)
         _adjusted = np.maximum.accumulate([(_m - i) * _p[c] for i, c in enumerate(_order)])
         _want = {c for c, a in zip(_order, _adjusted, strict=True) if a <= _level}
-        assert set(holm(_p, _level)) == _want, f"{_p} at {_level:.3f}: {_want}"
+        _kept = dict(_p)
+        assert holm(_p, _level) == _want, f"{_p} at {_level:.3f}: {_want}"
+        assert _p == _kept, "Leave the p-values that are given as they are"
 ### END HIDDEN TESTS
 
 
@@ -797,6 +906,41 @@ def holm(pvalues, level):
     return {name for place, name in enumerate(order) if pvalues[name] <= level / (len(order) - place)}
 
 
+# %% mistake="equal is not rejected" of="alarms" says="smaller or equal is rejected"
+predicted_any = 0.05
+
+
+def column_pvalues(reference, batch):
+    return dict.fromkeys(reference, 0.5)
+
+
+def holm(pvalues, level):
+    rejected = set()
+    for place, name in enumerate(sorted(pvalues, key=pvalues.get)):
+        if not pvalues[name] < level / (len(pvalues) - place):
+            break
+        rejected.add(name)
+    return rejected
+
+
+# %% mistake="looks names up by p-value" of="alarms" says="a and b have the same p-value"
+predicted_any = 0.05
+
+
+def column_pvalues(reference, batch):
+    return dict.fromkeys(reference, 0.5)
+
+
+def holm(pvalues, level):
+    names = {p: name for name, p in pvalues.items()}
+    rejected = set()
+    for place, p in enumerate(sorted(pvalues.values())):
+        if p > level / (len(pvalues) - place):
+            break
+        rejected.add(names[p])
+    return rejected
+
+
 # %% alternative="crosstab, adjusted p-values" of="alarms"
 predicted_any = 1
 
@@ -828,7 +972,7 @@ def holm(pvalues, level):
 # %% [markdown]
 # ## False alarms and power
 #
-# Clean batches of five sizes are drawn at random from the pool; then the same from pools in which each ticket carries a fault. Three rules decide whether a batch is stopped:
+# Clean batches of five sizes are drawn at random from the pool; then the same from eight more pools, each with one of the faults planted. Three rules decide whether a batch is stopped:
 #
 # - **each at 5 %**: some column's p-value is at most 0.05;
 # - **moved by a tenth**: some value's share differs from the reference's by more than 10 points, or some mean by more than 10 %;
@@ -839,32 +983,32 @@ sizes = (50, 100, 200, 400, 800)
 levels = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 
 
-def moved(reference: pd.DataFrame, found: pd.DataFrame) -> bool:
+def spread(table: pd.DataFrame) -> pd.DataFrame:
+    """Each value of a text column as a column of zeros and ones, so that a share is a mean."""
+    return pd.get_dummies(table, dummy_na=True, dtype=float)
+
+
+def moved(usual: pd.Series, means: pd.Series) -> bool:
     """The rule of thumb: a share by 10 points, or a mean by 10 %."""
-    for name in reference:
-        if pd.api.types.is_numeric_dtype(reference[name]):
-            if abs(found[name].mean() - reference[name].mean()) > 0.1 * reference[name].mean():
-                return True
-        else:
-            shares = [x[name].value_counts(normalize=True, dropna=False) for x in (found, reference)]
-            if shares[0].sub(shares[1], fill_value=0).abs().max() > 0.1:
-                return True
-    return False
+    limits = usual.where(usual.index.isin(["hour", "minutes", "length", "new_words"]), 1.0) / 10
+    change = means.sub(usual, fill_value=0.0).abs()
+    return bool((change > limits.reindex(change.index, fill_value=0.1)).any())
 
 
 def judged(source: pd.DataFrame, size: int, count: int, key: int) -> list[dict[str, bool]]:
     """For `count` batches drawn from a source: which rules stop them."""
     draw = np.random.default_rng([seed, size, key])
-    verdicts = []
+    wide, verdicts = spread(source), []
     for i in range(count):
-        found = source.iloc[draw.choice(len(source), size, replace=False)]
-        reference = references[i % len(references)]
-        pvalues = column_pvalues(reference, found)
-        verdict = {"each at 5 %": min(pvalues.values()) <= 0.05, "moved by a tenth": moved(reference, found)}
+        rows = draw.choice(len(source), size, replace=False)
+        pvalues = column_pvalues(references[i % len(references)], source.iloc[rows])
+        stop = moved(usual[i % len(usual)], wide.iloc[rows].mean())
+        verdict = {"each at 5 %": min(pvalues.values()) <= 0.05, "moved by a tenth": stop}
         verdicts.append(verdict | {f"Holm at {level:.1%}": bool(holm(pvalues, level)) for level in levels})
     return verdicts
 
 
+usual = [spread(reference).mean() for reference in references]
 on_clean = {size: pd.DataFrame(judged(clean, size, clean_batches, 0)) for size in sizes}
 on_fault = {}
 for number, (name, plant) in enumerate(BATCH_FAULTS.items(), 1):
@@ -954,13 +1098,13 @@ card.record("fault_batches", fault_batches, format="d", label="batches of each f
 card.record("clean_all", len(pooled), format=",d", label="clean batches")
 
 # %% [markdown]
-# Left: ten columns at 5 % stop {{far_each}} of {{clean_all}} clean batches at *every* size; no amount of data helps, since 5 % is what was asked for, ten times. Holm at 1 % stops {{far_holm}} ({{far_holm:interval}}).
+# Left: ten columns at 5 % stop {{far_each}} of {{clean_all}} clean batches at *every* size; no amount of data helps, since 5 % is what was asked for, ten times. (Ten exact, independent tests would stop 40 %; Kolmogorov-Smirnov is conservative where values tie, and most tickets hold no new word.) Holm at 1 % stops {{far_holm}} ({{far_holm:interval}}).
 #
-# The rule of thumb has no level at all. It stops {{far_tenth_50}} of the clean batches of 50 and {{far_tenth_800}} of those of 800, because the noise of a share shrinks with $1/\sqrt n$ and the threshold does not. Even with 800 tickets, where it stops {{power_tenth_800}} of the faulty batches, Holm stops {{power_holm_800}} and leaves the clean ones alone.
+# The rule of thumb has no level at all. It stops {{far_tenth_50}} of the clean batches of 50 and {{far_tenth_800}} of those of 800, because the noise of a share shrinks with $1/\sqrt n$ and the threshold does not. Even with 800 tickets, where it stops {{power_tenth_800}} of the faulty batches, Holm stops {{power_holm_800}} ({{power_holm_800:interval}}) and leaves the clean ones alone.
 #
-# Right: the price of a low level is power in small batches ({{fault_batches}} batches a cell, so a share is good to 18 points at most). At 200 tickets Holm stops {{power_holm}} of the faulty batches, ten tests at 5 % {{power_each}}. What a test can see depends on the fault: flipped labels show in 50 tickets, since a label model that agrees 98 % of the time makes them loud; 5 % of poison is seen in {{poison_200}} of the batches of 200 and in {{poison_400}} of those of 400.
+# Right: the price of a low level is power in small batches ({{fault_batches}} batches a cell, so a share is good to 18 points at most). At 200 tickets Holm stops {{power_holm}} of the faulty batches, ten tests at 5 % {{power_each}}. What a test can see depends on the fault: flipped labels show in 50 tickets, since the label model hardly ever disagrees with a clean label; 5 % of poison is seen in {{poison_200}} of the batches of 200 and in {{poison_400}} of those of 400.
 #
-# Two cautions. The guarantee is an average over references: with *one* reference that is itself a little off, every batch inherits the same bias, so its false alarms come in series (here four references take turns). And chi-square is an approximation that fails for rare values (expected counts below about 5): a batch of 50 expects one ticket on which the label model disagrees; for five, chi-square says p = 0.0001 and Fisher's exact test 0.004. Pool rare values, or use an exact test.
+# Two cautions. The guarantee is an average over references: with *one* reference that is itself a little off, every batch inherits the same bias, so its false alarms come in series (here four references take turns). And chi-square is an approximation that fails for rare values (expected counts below about 5): where the label model disagrees on 30 of 1,500 reference tickets, a batch of 50 expects one; for five, chi-square says p = 0.0002 and Fisher's exact test 0.004. Pool rare values, or use an exact test.
 
 # %% [markdown]
 # ## Quarantine: nothing lost, nothing doubled
@@ -968,6 +1112,8 @@ card.record("clean_all", len(pooled), format=",d", label="clean batches")
 # A batch that is stopped is not thrown away, and neither is the rest of a batch in which three rows are bad. Rows go to one of two places, with a reason, and the books must balance: accepted plus quarantined is received, byte for byte. That has to hold when the job is killed half-way and started again, and when the vendor sends the same file twice.
 #
 # Two files cannot be renamed in one step. So there is one *commit point*: write the data under names that nobody reads yet, and then replace the ledger, which says what counts. `os.replace` is atomic; a plain write is not. (Iceberg and Delta Lake work this way.)
+#
+# That is enough for a process that is killed. Against a power cut the data must also be on the medium before the ledger is replaced: `fsync` the files and the folder.
 #
 # The disk below is a real folder with a fault planted: its k-th change fails. A `write` that fails leaves half of the bytes, `replace` and `remove` that fail have done nothing.
 
@@ -1029,14 +1175,14 @@ def read_all(disk: Disk) -> tuple[list[bytes], list[tuple[str, bytes]]]:
 # %% [markdown]
 # **Exercise.** Write `take_in(disk, data, judge)`, which puts one batch into its place and returns whether it was new.
 #
-# - `data` is the batch as it arrived: UTF-8 bytes, one JSON object a line, every line ends in `b"\n"` and no other byte of the data is a line break. `judge(rows)` gets the lines, each as bytes with its `b"\n"`, and returns a reason for each, `""` for a good row. Rows may be equal to one another.
+# - `data` is the batch as it arrived: UTF-8 bytes, one JSON object a line, every line ends in `b"\n"` and no other byte of the data is a line break. `judge(rows)` gets the lines, each as bytes with its `b"\n"`, and returns a reason for each, `""` for a good row. Rows may be equal to one another, and equal rows may get different reasons.
 # - `LEDGER` is a JSON list with one object a batch, in the order of arrival: `{"batch": …, "accepted": …, "quarantined": …}`. `"batch"` identifies the *content*: the same bytes are the same batch, other bytes another one. The other two are names of files that hold the accepted rows as they came, and the quarantined rows as JSON lines `{"reason": …, "row": …}`, the row as text with its line break; both in the order of arrival, perhaps empty. The names are yours.
 # - A batch that the ledger has already is left alone: return `False`, else `True`.
 # - At every moment, also after a crash in any change, `read_all` gives the rows of whole batches: this one entirely or not at all, earlier ones always. A second call after a crash completes the work. Files that the ledger doesn't name may lie around.
 #
 # Use `disk.names`, `read`, `write`, `replace`, and nothing else to touch files. A batch of `b'{"a": 1}\n{"a": 2}\n'` whose second row is judged "no" leaves one accepted row and `{"reason": "no", "row": "{\"a\": 2}\n"}` in quarantine. *About 15 lines.*
 #
-# <details><summary>Hint 1</summary>After which single operation does the batch count? What must be on the disk before it, and what is the last thing that may be written in place?</details>
+# <details><summary>Hint 1</summary>After which single operation does the batch count? What must be on the disk before it, and which file must never be written in place?</details>
 # <details><summary>Hint 2</summary>A hash of the bytes (<code>hashlib.sha256(data).hexdigest()</code>) serves as identity and as part of the names. <code>data.splitlines(keepends=True)</code> on bytes knows line breaks only; on text it also splits at U+2028 and others.</details>
 # <details><summary>Hint 3</summary>Read the ledger, or start with an empty list; return False if the hash is in it; judge; write both data files; write the longer ledger to a second name; replace LEDGER by it; return True.</details>
 
@@ -1068,14 +1214,33 @@ def lines(*values: object) -> bytes:
 
 def even_is_bad(rows: list[bytes]) -> list[str]:
     """Refuses even numbers."""
+    assert all(isinstance(row, bytes) for row in rows), "judge gets the rows as bytes, with their line break"
     numbers = [re.search(rb'"id": (\d+)}', row) for row in rows]
     return ["even" if number and int(number[1]) % 2 == 0 else "" for number in numbers]
+
+
+def readers_see(folder: str, when: str = "after a batch") -> tuple[list[bytes], list[tuple[str, bytes]]]:
+    """What `read_all` gives, or in words why it cannot read."""
+    try:
+        return read_all(Disk(folder))
+    except json.JSONDecodeError as error:
+        raise AssertionError(
+            f"{when} readers find a half-written file (or one that is no JSON): write beside, then replace"
+        ) from error
+    except FileNotFoundError as error:
+        raise AssertionError(
+            f"{when} the ledger names a file that is not there: the data first, even if empty, the ledger last"
+        ) from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise AssertionError(
+            f"{when} read_all ends in {error!r}: the ledger is one JSON list of objects, a quarantined row a string"
+        ) from error
 
 
 with tempfile.TemporaryDirectory() as folder:
     disk = Disk(folder)
     assert take_in(disk, lines(1, 2, 3, 4), even_is_bad) is True, "The batch is new: return True"
-    accepted, quarantined = read_all(disk)
+    accepted, quarantined = readers_see(folder)
     assert accepted == [lines(1), lines(3)], f"Rows 1 and 3 are good, byte for byte in their order; yours: {accepted}"
     assert quarantined == [("even", lines(2)), ("even", lines(4))], (
         f"Rows 2 and 4 go to quarantine with their reason, as they came; yours: {quarantined}"
@@ -1083,21 +1248,30 @@ with tempfile.TemporaryDirectory() as folder:
     assert take_in(disk, lines(1, 2, 3, 4), even_is_bad) is False, (
         "The same bytes again are the same batch: return False"
     )
-    assert read_all(disk) == (accepted, quarantined), "A batch that is sent twice must be in the books once"
+    assert readers_see(folder) == (accepted, quarantined), "A batch that is sent twice must be in the books once"
+    salted = {str(abs(hash(value))) for value in (lines(1, 2, 3, 4), lines(1, 2, 3, 4).decode())}
+    assert not any(number in disk.read(LEDGER).decode() for number in salted), (
+        "hash() of bytes and text is salted anew in every process: tomorrow this batch would be a new one; take hashlib"
+    )
     assert take_in(disk, lines(1, 2, 5), even_is_bad), (
         "Other bytes are another batch, even when it begins in the same way"
     )
-    got = read_all(disk)
+    got = readers_see(folder)
     assert got == ([lines(1), lines(3), lines(1), lines(5)], [("even", lines(v)) for v in (2, 4, 2)]), (
         f"The second batch joins the first, which stays as it was; yours: {got}"
     )
     assert take_in(disk, lines(7, 7, 8, 8), even_is_bad), "A batch with equal rows is a batch"
-    got = read_all(disk)
+    got = readers_see(folder)
     assert got[0][-2:] == [lines(7)] * 2, (
         f"Equal rows are two rows, quarantine loses nothing; yours ends in {got[0][-2:]}"
     )
     assert got[1][-2:] == [("even", lines(8))] * 2, (
         f"Equal rows are two rows, quarantine loses nothing; yours: {got[1]}"
+    )
+    take_in(disk, lines(9, 9), lambda rows: ["", "again"])
+    got = readers_see(folder)
+    assert (got[0][-2:], got[1][-1]) == ([lines(7), lines(9)], ("again", lines(9))), (
+        f"Of two equal rows the first is good and the second is not: go by place, not by content; yours: {got}"
     )
     odd = [lines("a\u2028b"), lines("Schön\x85"), lines("Ströme\x1c")]
     asked: list[bytes] = []
@@ -1105,7 +1279,7 @@ with tempfile.TemporaryDirectory() as folder:
     assert asked == odd, (
         f"Only b'\\n' ends a row: str.splitlines breaks at U+2028 and U+0085 as well, so split the bytes; judge got {asked}"
     )
-    got = read_all(disk)[0][-3:]
+    got = readers_see(folder)[0][-3:]
     assert got == odd, f"Accepted rows keep their bytes; yours: {got}"
 ### BEGIN HIDDEN TESTS
 with tempfile.TemporaryDirectory() as _folder:
@@ -1114,14 +1288,15 @@ with tempfile.TemporaryDirectory() as _folder:
     assert take_in(_disk, b"", even_is_bad) is False, "An empty batch that comes again is known"
     assert take_in(_disk, lines(2), even_is_bad), "A batch may have no good row"
     assert take_in(_disk, lines(1), even_is_bad), "A batch may have no bad row"
-    assert read_all(_disk) == ([lines(1)], [("even", lines(2))]), f"yours: {read_all(_disk)}"
+    _got = readers_see(_folder)
+    assert _got == ([lines(1)], [("even", lines(2))]), f"One row each, in files of their own; yours: {_got}"
     assert take_in(_disk, lines(3, 5, 7, 9), even_is_bad), "A batch may have no bad row"
     assert take_in(_disk, lines(4, 5, 7, 9), even_is_bad), (
         "Other bytes are another batch, even when it ends in the same way"
     )
     _raw = b'{ "id":1 ,"t":"\xc3\xb6"}\n{"id":   3, "t": "\xc3\xa5"}\n'
     take_in(_disk, _raw, lambda rows: ["", "why\nnot \u00e4"])
-    _accepted, _refused = read_all(_disk)
+    _accepted, _refused = readers_see(_folder)
     assert _accepted[-1] == _raw[: _raw.index(b"\n") + 1], "Accepted rows keep their bytes, blanks and all"
     assert _refused[-1] == ("why\nnot \u00e4", _raw[_raw.index(b"\n") + 1 :]), (
         f"Reason and row are kept as they are; yours: {_refused[-1]}"
@@ -1131,9 +1306,17 @@ with tempfile.TemporaryDirectory() as _folder:
         f"The ledger's objects have three keys; yours: {_entries}"
     )
     _took = _disk.read(LEDGER)
-    _asked = []
-    take_in(_disk, lines(1), lambda rows: _asked.append(rows) or [""])
+    assert not take_in(_disk, lines(1), even_is_bad), "A batch is known however many came after it"
     assert _disk.read(LEDGER) == _took, "A known batch leaves the ledger alone"
+    take_in(_disk, lines(21, 22, 23), lambda rows: ["z", "", "a"])
+    _got = readers_see(_folder)[1][-2:]
+    assert _got == [("z", lines(21)), ("a", lines(23))], f"In the order of arrival, not of the reasons; yours: {_got}"
+    _long = [lines(i) for i in range(300)]
+    for _swap in (0, 150, 298):
+        _sent = [*_long[:_swap], _long[_swap + 1], _long[_swap], *_long[_swap + 2 :]]
+        assert take_in(_disk, b"".join(_sent), even_is_bad), (
+            f"Rows {_swap} and {_swap + 1} change places: other bytes, another batch"
+        )
 ### END HIDDEN TESTS
 
 # %% check="take-in" points=3
@@ -1152,16 +1335,7 @@ while crashed:
             crashed, where = True, str(crash)
         if not crashed:
             break
-        try:
-            seen = read_all(Disk(folder))
-        except json.JSONDecodeError as error:
-            raise AssertionError(
-                f"A crash {where} left a half-written file that readers use: write beside, then replace"
-            ) from error
-        except FileNotFoundError as error:
-            raise AssertionError(
-                f"After a crash {where} the ledger names a file that is not there: the data first, the ledger last"
-            ) from error
+        seen = readers_see(folder, f"After a crash {where}")
         assert (seen[0][:1], seen[1][:1]) == before, (
             f"A crash {where} has changed an earlier batch: write to names of this batch's own; readers see {seen}"
         )
@@ -1170,12 +1344,15 @@ while crashed:
             f"ledger comes last; readers see {seen}"
         )
         take_in(Disk(folder), second, even_is_bad)
-        seen = read_all(Disk(folder))
+        seen = readers_see(folder, f"After a crash {where} and the same batch again")
         assert seen == after, (
             f"A crash {where}, and the batch is sent again: it must now be there once and whole. Ask the ledger whether a "
             f"batch is done, not which files exist; readers see {seen}"
         )
-assert crash_at > 2, "Use disk.write and disk.replace, and nothing else to touch files: your changes were not seen"
+assert crash_at > 4, (
+    f"Two data files and the ledger take four changes; the disk has seen {crash_at - 1}. Use disk.write and disk.replace, "
+    "and nothing else to touch files"
+)
 ### BEGIN HIDDEN TESTS
 for _first_crash in range(1, crash_at):
     for _second_crash in range(1, crash_at):
@@ -1183,16 +1360,24 @@ for _first_crash in range(1, crash_at):
             for _at in (_first_crash, _second_crash):
                 try:
                     take_in(Disk(_folder, _at), lines(6, 9), even_is_bad)
-                except CrashError:
-                    assert read_all(Disk(_folder)) == ([], []), "After two crashes nothing may count yet"
+                except CrashError as _crash:
+                    _got = readers_see(_folder, f"After a crash {_crash}, in the very first batch,")
+                    assert _got == ([], []), f"After two crashes nothing may count yet; readers see {_got}"
+            if _first_crash == _second_crash:
+                take_in(Disk(_folder), lines(8), even_is_bad)
+                assert readers_see(_folder) == ([], [("even", lines(8))]), (
+                    "Another batch comes after a crash: only it counts"
+                )
+                continue
             take_in(Disk(_folder), lines(6, 9), even_is_bad)
-            assert read_all(Disk(_folder)) == ([lines(9)], [("even", lines(6))]), "After two crashes: once and whole"
+            _got = readers_see(_folder, "After two crashes and a third try")
+            assert _got == ([lines(9)], [("even", lines(6))]), f"After two crashes: once and whole; readers see {_got}"
             _ledger = json.loads(Disk(_folder).read(LEDGER))
             assert len(_ledger) == 1, f"One batch, one entry; yours: {_ledger}"
 ### END HIDDEN TESTS
 
 
-# %% mistake="the ledger is written in place" of="take-in" says="left a half-written file"
+# %% mistake="the ledger is written in place" of="take-in" says="readers find a half-written file"
 def take_in(disk, data, judge):
     key = hashlib.sha256(data).hexdigest()
     ledger = json.loads(disk.read(LEDGER)) if LEDGER in disk.names() else []
@@ -1211,7 +1396,7 @@ def take_in(disk, data, judge):
     return True
 
 
-# %% mistake="the ledger comes first" of="take-in" says="the data first, the ledger last"
+# %% mistake="the ledger comes first" of="take-in" says="the ledger names a file that is not there"
 def take_in(disk, data, judge):
     key = hashlib.sha256(data).hexdigest()
     ledger = json.loads(disk.read(LEDGER)) if LEDGER in disk.names() else []
@@ -1329,6 +1514,87 @@ def take_in(disk, data, judge):
     return True
 
 
+# %% mistake="Python's own hash" of="take-in" says="is salted anew in every process"
+def take_in(disk, data, judge):
+    key = str(hash(data))
+    ledger = json.loads(disk.read(LEDGER)) if LEDGER in disk.names() else []
+    if key in [entry["batch"] for entry in ledger]:
+        return False
+    rows = data.splitlines(keepends=True)
+    found = list(zip(rows, judge(rows), strict=True))
+    disk.write(key + ".a", b"".join(row for row, why in found if not why))
+    disk.write(
+        key + ".q",
+        b"".join(json.dumps({"reason": why, "row": row.decode()}).encode() + b"\n" for row, why in found if why),
+    )
+    disk.write(
+        "next", json.dumps([*ledger, {"batch": key, "accepted": key + ".a", "quarantined": key + ".q"}]).encode()
+    )
+    disk.replace("next", LEDGER)
+    return True
+
+
+# %% mistake="reasons by content" of="take-in" says="go by place, not by content"
+def take_in(disk, data, judge):
+    key = hashlib.sha256(data).hexdigest()
+    ledger = json.loads(disk.read(LEDGER)) if LEDGER in disk.names() else []
+    if key in [entry["batch"] for entry in ledger]:
+        return False
+    rows = data.splitlines(keepends=True)
+    reasons = judge(rows)
+    found = [(row, reasons[rows.index(row)]) for row in rows]
+    disk.write(key + ".a", b"".join(row for row, why in found if not why))
+    disk.write(
+        key + ".q",
+        b"".join(json.dumps({"reason": why, "row": row.decode()}).encode() + b"\n" for row, why in found if why),
+    )
+    disk.write(
+        "next", json.dumps([*ledger, {"batch": key, "accepted": key + ".a", "quarantined": key + ".q"}]).encode()
+    )
+    disk.replace("next", LEDGER)
+    return True
+
+
+# %% mistake="past the disk" of="take-in" says="nothing else to touch files"
+def take_in(disk, data, judge):
+    key = hashlib.sha256(data).hexdigest()
+    ledger = json.loads(disk.read(LEDGER)) if LEDGER in disk.names() else []
+    if key in [entry["batch"] for entry in ledger]:
+        return False
+    rows = data.splitlines(keepends=True)
+    found = list(zip(rows, judge(rows), strict=True))
+    disk.write(key + ".a", b"".join(row for row, why in found if not why))
+    disk.write(
+        key + ".q",
+        b"".join(json.dumps({"reason": why, "row": row.decode()}).encode() + b"\n" for row, why in found if why),
+    )
+    disk.write(
+        "next", json.dumps([*ledger, {"batch": key, "accepted": key + ".a", "quarantined": key + ".q"}]).encode()
+    )
+    os.replace(disk.folder / "next", disk.folder / LEDGER)
+    return True
+
+
+# %% mistake="the first ledger needs no care" of="take-in" says="in the very first batch, readers find a half-written file"
+def take_in(disk, data, judge):
+    key = hashlib.sha256(data).hexdigest()
+    ledger = json.loads(disk.read(LEDGER)) if LEDGER in disk.names() else []
+    if key in [entry["batch"] for entry in ledger]:
+        return False
+    rows = data.splitlines(keepends=True)
+    found = list(zip(rows, judge(rows), strict=True))
+    disk.write(key + ".a", b"".join(row for row, why in found if not why))
+    disk.write(
+        key + ".q",
+        b"".join(json.dumps({"reason": why, "row": row.decode()}).encode() + b"\n" for row, why in found if why),
+    )
+    place = "next" if ledger else LEDGER
+    disk.write(place, json.dumps([*ledger, {"batch": key, "accepted": key + ".a", "quarantined": key + ".q"}]).encode())
+    if ledger:
+        disk.replace(place, LEDGER)
+    return True
+
+
 # %% mistake="one file for all batches" of="take-in" says="shows a part of a batch"
 def take_in(disk, data, judge):
     key = hashlib.sha256(data).hexdigest()
@@ -1400,12 +1666,11 @@ def by_contract(rows: list[bytes]) -> list[str]:
 rng = np.random.default_rng([seed, 2])
 nights = [
     to_lines(ROW_FAULTS[fault](pool.iloc[start : start + 300].reset_index(drop=True), rng))
-    for fault, start in (("encoding damaged", 0), ("labels missing", 300), ("labels missing", 300))
+    for fault, start in (("encoding damaged", 0), ("labels missing", 300))
 ]
-nights[2] = nights[1]
 crashes = 0
 with tempfile.TemporaryDirectory() as folder:
-    for night in nights:
+    for night in (*nights, nights[-1]):
         crash_at: int | None = 1
         while crash_at is not None:
             try:
@@ -1415,9 +1680,9 @@ with tempfile.TemporaryDirectory() as folder:
                 crashes, crash_at = crashes + 1, crash_at + 1
     accepted, quarantined = read_all(Disk(Path(folder)))
 got = sorted(accepted + [row for _, row in quarantined])
-balanced = got == sorted(row + b"\n" for night in nights[:2] for row in night.split(b"\n") if row)
+balanced = got == sorted(row + b"\n" for night in nights for row in night.split(b"\n") if row)
 print(pd.Series([reason for reason, _ in quarantined]).value_counts().to_string())
-rows_in = sum(len(night.splitlines()) for night in nights[:2])
+rows_in = sum(len(night.splitlines()) for night in nights)
 print(f"{crashes} crashes; accepted {len(accepted)} + quarantined {len(quarantined)} = received {rows_in}: {balanced}")
 card.record("crashes", crashes, format="d", label="crashes planted in two nights")
 card.record(
@@ -1476,7 +1741,10 @@ class Store:
         return f"{md5(manifest(path))}.dir"
 
     def get(self, name: str, path: Path) -> None:
-        data = (self.folder / name[:2] / name[2:]).read_bytes()
+        place = self.folder / name[:2] / name[2:]
+        if not place.exists():
+            raise FileNotFoundError(f"{name} is not in the store: nobody has put it there")
+        data = place.read_bytes()
         if not name.endswith(".dir"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
@@ -1659,7 +1927,7 @@ PARAMS = "params.json"
 # %% [markdown]
 # **Exercise.** Write `bring_up_to_date(stage, root, runs, store, execute)`. All paths of a stage are relative to the folder `root`; `root / PARAMS` is a JSON object.
 #
-# The *inputs* of a stage are its command, the names of its deps with the `fingerprint` of each, the keys in `params` with their values, and the names of its outs. `runs` is a dictionary that remembers every run ever made of any stage; you choose its keys, one for each set of inputs, and its values.
+# The *inputs* of a stage are its command, the names of its deps with the `fingerprint` of each, the keys in `params` with their values (any JSON; 1 and "1" differ), and the names of its outs. `runs` is a dictionary that remembers every run ever made of any stage; you choose its keys, one for each set of inputs, and its values.
 #
 # - Inputs that have been run before, and on the disk every out has the fingerprint that it had after that run: do nothing and return `"skipped"`.
 # - Inputs that have been run before, but some out is missing or different: write the outs of that run from the store, `store.get(fingerprint, path)`, and return `"restored"`.
@@ -1668,7 +1936,7 @@ PARAMS = "params.json"
 #
 # When `execute` changes a dep itself, the run is remembered under the inputs that it *started* from. *About 14 lines.*
 #
-# <details><summary>Hint 1</summary>Which of mtime, size and content decide? What would happen if the command were not part of the key, or all of params.json were?</details>
+# <details><summary>Hint 1</summary>Which of mtime, size and content decides? What would happen if the command were not part of the key, or all of params.json were?</details>
 # <details><summary>Hint 2</summary>A dictionary of the inputs, as text through <code>json.dumps(…, sort_keys=True)</code>, is a key; the value is a dictionary from out to fingerprint.</details>
 # <details><summary>Hint 3</summary>Make the key first. If it is in runs: compare <code>{out: fingerprint(root / out) for out in stage.outs}</code> with what is remembered; equal, skipped; else get each, restored. If not: execute, look that every out exists, put, and only then write to runs.</details>
 
@@ -1762,11 +2030,15 @@ with tempfile.TemporaryDirectory() as _folder:
     (_shop.root / "more" / "b.txt").write_text("A")
     assert _shop.go() == "run", "Two deps swapped their contents: that is a change"
     _plain = Stage("copy", "copy", ("a.txt",), ("out.txt",))
-    (_shop.root / PARAMS).unlink()
     _seen = []
-    _got = bring_up_to_date(_plain, _shop.root, _shop.runs, _shop.store, lambda cmd, root: _seen.append((cmd, root)))
+
+    def _copy(cmd, root):
+        _seen.append((cmd, root))
+        (root / "out.txt").write_text("copied")
+
+    _got = bring_up_to_date(_plain, _shop.root, _shop.runs, _shop.store, _copy)
     assert (_got, _seen) == ("run", [("copy", _shop.root)]), (
-        "A stage without params needs no params.json; execute(cmd, root) is called once"
+        "A stage without params runs like any other; execute(cmd, root) is called once"
     )
     _none = Stage("make", "make", (), ("x.txt", "deep/y.txt"))
     for _name, _text in (("p", "1"), ("q", "2")):
@@ -1779,6 +2051,22 @@ with tempfile.TemporaryDirectory() as _folder:
     assert bring_up_to_date(_pair, _shop.root, _shop.runs, _shop.store, _write) == "run", (
         "Two deps swapped contents: which dep has which content is an input"
     )
+    _writes_first = lambda cmd, root: (root / _stage.outs[0]).write_text("1")
+    (_shop.root / "r").write_text("1")
+    (_shop.root / PARAMS).write_text(json.dumps({"x": 1, "y": 1}))
+    for _change, _why in (
+        ({"deps": ("p", "r")}, "Another dep with the same content: the names of the deps are inputs"),
+        ({"outs": ("other.txt",)}, "Another out: the names of the outs are inputs"),
+        ({"params": ("x",)}, "A parameter more is an input more"),
+        ({"params": ("y",)}, "Another parameter with the same value: the keys are inputs"),
+    ):
+        _stage = replace(_pair, **_change)
+        _got = bring_up_to_date(_stage, _shop.root, _shop.runs, _shop.store, _writes_first)
+        assert _got == "run", f"{_why}; yours: {_got!r}"
+    for _value in (1, "1", [1, 2], [1, 3], {"a": [1]}, None):
+        (_shop.root / PARAMS).write_text(json.dumps({"x": _value, "y": 1}))
+        _got = bring_up_to_date(replace(_pair, params=("x",)), _shop.root, _shop.runs, _shop.store, _write)
+        assert (_got == "run") == (_value != 1), f"A parameter may be any JSON, 1 and '1' differ: {_value!r}, {_got!r}"
     _more = replace(_pair, outs=("out.txt", "p2"))
     _both = lambda cmd, root: [(root / _out).write_text("x") for _out in _more.outs]
     assert bring_up_to_date(_more, _shop.root, _shop.runs, _shop.store, _both) == "run", (
@@ -1794,10 +2082,12 @@ with tempfile.TemporaryDirectory() as _folder:
         "A stage without deps runs once"
     )
     shutil.rmtree(_shop.root / "deep")
-    assert bring_up_to_date(_none, _shop.root, _shop.runs, _shop.store, None) == "restored", (
-        "One of two outs is missing"
-    )
-    assert (_shop.root / "deep" / "y.txt").read_text() == "2", "Restore every out that is missing"
+    _seen.clear()
+    _got = bring_up_to_date(_none, _shop.root, _shop.runs, _shop.store, lambda cmd, root: _seen.append(cmd))
+    assert (_got, _seen) == ("restored", []), f"One of two outs is missing: restored, not executed; yours: {_got!r}"
+    _there = [(_shop.root / _out).exists() for _out in _none.outs]
+    assert _there == [True, True], "Restore every out that is missing"
+    assert (_shop.root / "deep" / "y.txt").read_text() == "2", "Restore what the run had written"
 ### END HIDDEN TESTS
 
 # %% check="up-to-date" points=2
@@ -1845,13 +2135,15 @@ with tempfile.TemporaryDirectory() as folder:
             (shop.root / "a.txt").rename(shop.root / "away")
         try:
             got = bring_up_to_date(shop.stage, shop.root, shop.runs, shop.store, execute)
-        except FileNotFoundError as error:
+        except Exception as error:
             got = error
-        assert isinstance(got, FileNotFoundError), f"Must raise, since {why}; yours returned {got!r}"
+        assert isinstance(got, FileNotFoundError), f"Must raise FileNotFoundError, since {why}; yours gives {got!r}"
         assert missing in str(got), f"The message must name {missing}; yours is {got}"
         if missing == "a.txt":
             (shop.root / "away").rename(shop.root / "a.txt")
     assert shop.executed == [], "A stage whose dep is missing must not be executed"
+    got = shop.go()
+    assert got == "run", f"A run without its outs must not be remembered, not in part either; yours: {got!r}"
 with tempfile.TemporaryDirectory() as folder:
     shop = Workshop(folder)
 
@@ -1883,6 +2175,14 @@ with tempfile.TemporaryDirectory() as _folder:
     )
     (_shop.root / "a.txt").write_text("A")
     assert _shop.go() == "restored", "The inputs that the first run started from are known"
+
+    def _tunes(cmd, root):
+        _shop.execute(cmd, root)
+        _shop.params(sign="tuned")
+
+    _shop.params(sign="*")
+    bring_up_to_date(_shop.stage, _shop.root, _shop.runs, _shop.store, _tunes)
+    assert _shop.go() == "run", "The stage changed its own parameter: read the parameters before it is executed"
 ### END HIDDEN TESTS
 
 
@@ -1991,6 +2291,48 @@ def bring_up_to_date(stage, root, runs, store, execute):
                 raise FileNotFoundError(out)
     finally:
         runs[key] = {out: store.put(root / out) for out in stage.outs if (root / out).exists()}
+    return "run"
+
+
+# %% mistake="parameters as text" of="up-to-date" says="1 and '1' differ"
+def bring_up_to_date(stage, root, runs, store, execute):
+    values = json.loads((root / PARAMS).read_text())
+    deps = {dep: fingerprint(root / dep) for dep in stage.deps}
+    for dep, name in deps.items():
+        if name is None:
+            raise FileNotFoundError(dep)
+    key = json.dumps([stage.cmd, deps, {p: str(values[p]) for p in stage.params}, sorted(stage.outs)])
+    if key in runs:
+        if all(fingerprint(root / out) == name for out, name in runs[key].items()):
+            return "skipped"
+        for out, name in runs[key].items():
+            store.get(name, root / out)
+        return "restored"
+    execute(stage.cmd, root)
+    runs[key] = {out: store.put(root / out) for out in stage.outs}
+    return "run"
+
+
+# %% mistake="remembers out by out" of="up-to-date" says="not in part either"
+def bring_up_to_date(stage, root, runs, store, execute):
+    values = json.loads((root / PARAMS).read_text())
+    deps = {dep: fingerprint(root / dep) for dep in stage.deps}
+    for dep, name in deps.items():
+        if name is None:
+            raise FileNotFoundError(dep)
+    key = json.dumps([stage.cmd, deps, {p: values[p] for p in stage.params}, sorted(stage.outs)])
+    if key in runs:
+        if all(fingerprint(root / out) == name for out, name in runs[key].items()):
+            return "skipped"
+        for out, name in runs[key].items():
+            store.get(name, root / out)
+        return "restored"
+    execute(stage.cmd, root)
+    runs[key] = {}
+    for out in stage.outs:
+        if not (root / out).exists():
+            raise FileNotFoundError(out)
+        runs[key][out] = store.put(root / out)
     return "run"
 
 
@@ -2283,7 +2625,10 @@ at = Path("/work/project")
 stage = Stage("fit", "python fit.py", ("fit.py", "raw"), ("model.json",), ("rate",))
 got = undeclared(stage, at, [("fit.py", "r"), ("words.py", "r"), ("model.json", "w")])
 assert "model.json" not in got, "model.json was opened for writing: that is no dependency"
-assert got == ["words.py"], f"fit.py is declared, words.py is not: ['words.py']; yours is {got}"
+assert got == ["words.py"], (
+    f"fit.py is declared, words.py is not: ['words.py']; yours is {got}. Relative paths are under root, wherever the "
+    "notebook runs, and no file need be there"
+)
 got = undeclared(stage, at, [("/usr/lib/python3.11/json/__init__.py", "r"), ("/work/project-old/a.txt", "r")])
 assert got == [], (
     f"Neither lies under {at}: compare parts of the path, not the beginning of a text ('/work/project-old'); yours: {got}"
@@ -2323,6 +2668,16 @@ assert undeclared(stage, at, [("./tmp/../t", "w"), ("/work/project/t", "r")]) ==
 )
 assert undeclared(stage, at, [("raw/../words.py", "r")]) == ["words.py"], "raw/.. is root again: normalise first"
 assert undeclared(stage, at, []) == [], "Nothing opened, nothing undeclared"
+_deep = Stage("a", "a", ("data/raw", "a.py"), ("out/x",))
+_trace = [("scratch", "w"), ("out/x", "w"), ("x", "r"), ("data/raw/1/2", "r"), ("data/day", "r"), ("lib/a.py", "r")]
+_kept = list(_trace)
+assert undeclared(_deep, at, _trace) == ["data/day", "lib/a.py", "x"], (
+    "A dep and a written file are known by their whole path, not by their name or first folder"
+)
+assert _trace == _kept, "Leave the trace that is given as it is"
+assert undeclared(_plain, at, [(".env", "r"), ("pkg/__init__.py", "r")]) == [".env", "pkg/__init__.py"], (
+    "A hidden file and a package's __init__.py are inputs like others"
+)
 ### END HIDDEN TESTS
 
 
@@ -2401,6 +2756,21 @@ def undeclared(stage, root, opened):
     return sorted(found)
 
 
+# %% mistake="files by their names" of="undeclared" says="known by their whole path"
+def undeclared(stage, root, opened):
+    written, found = set(), set()
+    for name, mode in opened:
+        path = Path(os.path.normpath(root / name))
+        if path.is_relative_to(root):
+            inside = path.relative_to(root)
+            declared = any(inside.is_relative_to(dep) for dep in stage.deps) or inside.name in stage.deps
+            if mode == "w":
+                written.add(inside.name)
+            elif not declared and inside.name not in written and not (stage.params and str(inside) == PARAMS):
+                found.add(inside.as_posix())
+    return sorted(found)
+
+
 # %% alternative="relpath and sets of parents" of="undeclared"
 def undeclared(stage, root, opened):
     declared = set(stage.deps) | ({PARAMS} if stage.params else set())
@@ -2429,7 +2799,6 @@ own, other = by_you(mended, mine, memory, cellar), by_dvc(theirs)
 fresh = json.loads((mine / "score.json").read_text())
 print("after the mend:", own, "| DVC the same:", own == other)
 print("score.json was", stale, "and is", fresh)
-after_mend = by_you([replace(stage) for stage in mended], mine, memory, cellar)
 card.record(
     "fresh_score", fresh["accuracy"], format=".1%", tolerance=0.02, label="the same after the dependency was declared"
 )
@@ -2441,7 +2810,7 @@ workshop.cleanup()
 # %% [markdown]
 # The trace finds {{undeclared}} undeclared reads, `words.py` in two stages. With them declared, both pipelines run `fit` and `score` again, and the accuracy is {{fresh_score}}, not {{stale_score}}. Whether the change helped is a question for more tickets; with the stale number you would not have asked it.
 #
-# This is a test to run in CI, once a stage: it fails on the day somebody adds an import. It sees files that Python opens. It does not see listings of folders, files that were looked for and not found, environment variables, the clock, the network, the versions of installed packages or what a subprocess reads; Bazel and Nix take the other way and run a stage in a sandbox where the undeclared is not there.
+# This is a test to run in CI, once a stage: it fails on the day somebody adds an import. It sees files that Python opens. It does not see listings of folders, files that were looked for and not found, what a file held that is opened to append or update (here that counts as writing), environment variables, the clock, the network, the versions of installed packages or what a subprocess reads; Bazel and Nix take the other way and run a stage in a sandbox where the undeclared is not there.
 
 # %% [markdown]
 # ## What a poisoned batch costs
@@ -2578,6 +2947,9 @@ keep(
 # %% exercise="decide" difficulty=2 minutes=9
 my_rule: str | None = None  # one of the five
 predicted_precision = None  # of "each at 5 %", from 0 to 1
+### BEGIN SOLUTION
+my_rule, predicted_precision = "Holm at 1.0%", 0.05
+### END SOLUTION
 
 
 def outlook(
@@ -2597,10 +2969,6 @@ def cheapest(rules: Mapping[str, tuple[float, float]], prevalence: float, inspec
     return min(rules, key=lambda name: (outlook(*rules[name], prevalence, inspect, miss)[0], rules[name][0]))
     ### END SOLUTION
 
-
-### BEGIN SOLUTION
-my_rule, predicted_precision = "Holm at 1.0%", 0.05
-### END SOLUTION
 
 # %% check="decide" points=1
 named = ("never stop", "moved by a tenth", "each at 5 %", "Holm at 1.0%", "stop all")
@@ -2636,10 +3004,12 @@ assert cheapest(rules, 0.4, 2, 60) == "all", (
 assert cheapest(rules, 0.0001, 2, 60) == "never", (
     f"At one in 10,000 stopping does not pay; yours: {cheapest(rules, 0.0001, 2, 60)!r}"
 )
-same = {"a": (0.5, 0.5), "b": (0.25, 0.25)}
+same = {"a": (0.5, 0.25), "b": (0.25, 0.5)}
 assert cheapest(same, 0.0, 0, 1) == "b", "Equal cost: the one with fewer false alarms"
 ### BEGIN HIDDEN TESTS
 assert outlook(0.2, 0.0, 0.1, 2, 10)[1] == 0, "Only clean batches are stopped: the precision is 0, not None"
+assert outlook(0.0, 0.5, 0.1, 2, 10)[1] == 1, "Only faulty batches are stopped: the precision is 1, not None"
+assert cheapest({"a": (0.5, 1.0), "b": (0.0, 0.0)}, 0.5, 0.001, 0.004) == "a", "Compare costs as they are, not rounded"
 _rng = np.random.default_rng(6)
 for _ in range(60):
     _rules = {f"r{i}": (float(_rng.random()), float(_rng.random())) for i in range(int(_rng.integers(1, 6)))}
@@ -2813,7 +3183,7 @@ for rule, key in (("each at 5 %", "each"), (CHOSEN, "holm")):
     )
 
 # %% [markdown]
-# Of the batches that ten tests at 5 % stop, {{precision_each}} are faulty: whoever is called looks at good data most of the time, and soon stops looking. Under Holm at 1 % it is {{precision_holm}}. Both rules see most faults; the difference is that with 2 % of faulty batches a third of the clean ones is a crowd. In hours the two are {{cost_each}} and {{cost_holm}} a batch, never stopping is {{cost_never}}, the rule of thumb {{cost_tenth}}; the cheapest rule measured costs {{cost_best}}.
+# Of the batches that ten tests at 5 % stop, {{precision_each}} are faulty: whoever is called looks at good data most of the time, and soon stops looking. Under Holm at 1 % it is {{precision_holm}}. Both rules see most faults; the difference is that with 2 % of faulty batches a third of the clean ones is a crowd. In hours the two are {{cost_each}} and {{cost_holm}} a batch, never stopping is {{cost_never}}, the rule of thumb {{cost_tenth}}; the best of Holm's levels costs {{cost_best}}.
 #
 # The figure says how much to care. At this desk the cost is flat from 0.5 % to 10 %: the correction matters, the exact level does not. With fewer faults the low levels win. Where one batch in five is faulty, a loose rule wins and even ten tests at 5 % beat Holm at 1 %; there a false alarm is cheap beside a miss, and what you lack is power (larger batches, a better label model) or a better vendor. So there is no right level without a prevalence.
 #
@@ -2849,7 +3219,7 @@ card.show()
 #
 # </details>
 #
-# <details><summary>`dvc repro` says that everything is up to date, and the number is wrong. How can that be?</summary>
+# <details><summary><code>dvc repro</code> says that everything is up to date, and the number is wrong. How can that be?</summary>
 #
 # A cache is as good as its key. Something the stage reads is not declared: a helper module, a parameter read in another way, an environment variable, a package's version. In my case an imported module was, and the score stood at {{stale_score}} where it was {{fresh_score}}. I find it by tracing which files a stage opens and comparing with what it declares, run that in CI, and declare or sandbox. `dvc repro --force` shows whether a result is stale; it does not show why.
 #
