@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autograde.course import Course
-from tests.left_behind import MARK, marked
+from tests.left_behind import MARK, command_line, marked
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_TO_END = 30
@@ -31,7 +31,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     while (left := marked(os.environ[MARK])) and time.monotonic() < deadline:
         time.sleep(0.1)
     if left:
-        commands = "\n".join(f"{process.pid}: {' '.join(process.cmdline())}" for process in left)
+        commands = "\n".join(f"{process.pid}: {command_line(process)}" for process in left)
         raise pytest.UsageError(f"these processes outlive the tests:\n{commands}")
 
 

@@ -21,3 +21,11 @@ def marked(value: str, *, but: Iterable[int] = ()) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or belongs to somebody else
             continue
     return found
+
+
+def command_line(process: psutil.Process) -> str:
+    """What started a process; nothing if it has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from autograde.course import Course, number
-from tests.left_behind import MARK, marked
+from tests.left_behind import MARK, command_line, marked
 
 SERVING = [
     source
@@ -26,7 +26,7 @@ SECONDS = 300
 
 
 def supervisors(mark: str) -> list[psutil.Process]:
-    return [process for process in marked(mark) if any("supervisor.py" in part for part in process.cmdline())]
+    return [process for process in marked(mark) if "supervisor.py" in command_line(process)]
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -34,6 +34,14 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_process_that_has_ended_has_no_command_line() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as command:
+        process = psutil.Process(command.pid)
+        assert "input()" in command_line(process)
+        command.communicate()
+    assert command_line(process) == ""
 
 
 def test_there_is_a_lesson_to_kill() -> None:
