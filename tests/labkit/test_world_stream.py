@@ -8,7 +8,8 @@ import pytest
 from labkit.world import ACTIONS, CATEGORIES, URGENCIES, VALIDATION_SEEDS, complaints, names
 from labkit.world.card import CARD, card, coverage, diversity, words
 from labkit.world.draw import Draw
-from labkit.world.stream import SIGNS, STAGES, Stage, document, register
+from labkit.world.recall import lookup, spelling
+from labkit.world.stream import SIGNS, STAGES, Stage, document, quiz, register
 
 
 def test_surprisal_is_the_log_of_the_probability() -> None:
@@ -116,6 +117,33 @@ def test_a_register_says_every_pair_twice() -> None:
         text = register(Draw("register", i))
         first = text.split("\n")[0]
         assert len(text) > 1.5 * len(first)
+
+
+def test_a_lookup_asks_every_pair_twice() -> None:
+    for i in range(50):
+        text = lookup(Draw("lookup", i))
+        end = next(e for e in ("; ", ". ", "\n") if e in text)
+        pieces = text.replace("\n", end).split(end)
+        n = len(pieces) // 3
+        assert sorted(pieces[:n]) == sorted(pieces[n : 2 * n]) == sorted(pieces[2 * n :])
+
+
+def test_a_quiz_answers_from_its_text() -> None:
+    for i in range(50):
+        lines = quiz(Draw("quiz", i)).split("\n")
+        first = next(j for j, line in enumerate(lines) if line.endswith("?") or line.startswith("Name the "))
+        answers = lines[first + 1 :: 2]
+        assert len(answers) >= 2
+        assert all(answer in "\n".join(lines[:first]) for answer in answers)
+
+
+def test_every_word_is_spelt_as_it_is() -> None:
+    seen = set()
+    for i in range(200):
+        text = spelling(Draw("spelling", i), SIGNS)
+        for letters in re.findall(r"(?<![a-z])[a-z](?: [a-z])+(?![a-z])", text):
+            seen.add(letters.replace(" ", ""))
+    assert seen == set(SIGNS)
 
 
 def test_the_data_card_is_what_its_code_writes() -> None:
