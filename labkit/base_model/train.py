@@ -62,8 +62,9 @@ def train_step(model: LlamaForCausalLM, batch: np.ndarray, pad: int, *, bf16: bo
 def keep_apart(embedding: nn.Parameter, step: int) -> None:
     """Add to the gradient what pushes some rows of the embedding, drawn by the step, away from each other.
 
-    What all rows share does not count. The penalty is the sum of a row's squared cosines with the others, in the mean over the rows (Gao et al.,
-    Representation degeneration problem in training natural language generation models, 2019, section 5).
+    What all rows share does not count. The penalty is the sum of a row's squared cosines with the others, in the mean
+    over the rows (Gao et al., Representation degeneration problem in training natural language generation models,
+    2019, section 5).
     """
     drawn = torch.randperm(len(embedding), generator=torch.Generator().manual_seed(step))[:ROWS]
     unit = nn.functional.normalize(embedding[drawn] - embedding.mean(dim=0), dim=-1)

@@ -1,13 +1,13 @@
 """The pretraining stream: short documents that state facts and then state them again, each with its surprisal.
 
-Eleven sorts of documents: `drill` (a list and the same list again), `pairs` (names and what goes with them, four times),
-`register` (rolls read twice, pairs asked back in
-another order), `lookup` (pairs asked back twice), `notices` (words and where they stand, asked back both ways), `quiz`
-(the same facts of several entities, every one of them asked for), `reading` (passages, then questions and answers about
-them in prose), `restate` (the same facts in another layout), `record` (facts in prose and as one line of JSON), `signs`
-(words on signs, asked back) and `complaint` (a message and what the clerks did about it). Names and values are new in
-every document, so nothing can be learnt by heart: a model gets better only by learning the language and by reading its
-context. No chat format and no triage is in it: no record has a triage's keys or labels.
+Eleven sorts of documents: `drill` (a list and the same list again), `pairs` (names and what goes with them, four
+times), `register` (rolls read twice, pairs asked back in another order), `lookup` (pairs in many layouts, asked back
+twice), `notices` (words and where they stand, asked back both ways), `quiz` (the same facts of several entities, every
+one of them asked for), `reading` (passages, then questions and answers about them in prose), `restate` (the same facts
+in another layout), `record` (facts in prose and as one line of JSON), `signs` (words on signs, asked back) and
+`complaint` (a message and what the clerks did about it). Names and values are new in every document, so nothing can be
+learnt by heart: a model gets better only by learning the language and by reading its context. No chat format and no
+triage is in it: no record has a triage's keys, and the words of its labels stand on signs and notices only.
 
 A document's `nats` are the surprisal of its derivation (see `draw.Draw`). In the mean over documents they are an
 upper bound of the surprisal of the text, tight up to rare ambiguities (two names that coincide, two slips that spell
