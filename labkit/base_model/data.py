@@ -42,12 +42,10 @@ class Cursor:
 
 
 PHASES = (
-    Phase(STAGES[0], 2048, 4),
-    Phase(STAGES[1], 2048, 2),
-    Phase(STAGES[2], 2048, 12),
-    Phase(STAGES[4], 2048, 14),
-    Phase(STAGES[3], 2048, 8),
-    Phase(STAGES[4], 2048, None, first=14),
+    Phase(STAGES[0], 1024, 3),
+    Phase(STAGES[1], 1024, 6),
+    Phase(STAGES[2], 2048, 10),
+    Phase(STAGES[3], 2048, None),
 )
 
 

@@ -1,5 +1,6 @@
 """The architecture: a small stock Llama."""
 
+import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -27,8 +28,14 @@ def new(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
     Embeddings start at norm 1 rather than at the library's 0.02 a coordinate. Tokens that share their contexts, such as
     the syllables of names, drift together while the grammar is learnt; what tells them apart must be large enough to
-    survive the norm of the first layer, or nothing can be copied.
+    survive the norm of the first layer, or nothing can be copied. All rows get one more vector of norm 1 in common: a
+    Llama has no biases, and a head that attends by position alone, such as to the token before, needs a direction that
+    every token has. It adds the same to all logits, so the softmax does not see it.
     """
     model = LlamaForCausalLM(config(tokenizer))
-    nn.init.normal_(model.get_input_embeddings().weight, std=model.config.hidden_size**-0.5)
+    embedding = model.get_input_embeddings().weight
+    nn.init.normal_(embedding, std=model.config.hidden_size**-0.5)
+    shared = nn.functional.normalize(torch.randn(model.config.hidden_size), dim=0)
+    with torch.no_grad():
+        embedding.add_(shared)
     return model

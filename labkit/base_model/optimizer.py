@@ -56,11 +56,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
+    """Muon for the matrices of the blocks, AdamW for the embedding and the norms.
+
+    AdamW's second moment has a long memory, so that a rare token's row does not take full steps away from every context
+    between two occurrences.
+    """
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     inside = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in inside]
     return [
         Muon(hidden, muon_lr, weight_decay=0.05),
-        torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.999), weight_decay=0.0),
     ]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from labkit.world import names
 from labkit.world.domains import DOMAINS
 from labkit.world.draw import Draw
 from labkit.world.render import ask, prose
@@ -75,7 +76,6 @@ def reading_prompt(draw: Draw, passages: int, domain: str | None = None) -> tupl
     return "\n".join([*texts, question, ""]), fact.value
 
 
-@torch.no_grad()
 def copying(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -88,17 +88,48 @@ def copying(
 
     Both domains, "company" and "port", are asked about unless `domain` names one.
     """
+    draws = [Draw("copying", VALIDATION_SEEDS[0], passages, i) for i in range(questions)]
+    return answered(model, tokenizer, [reading_prompt(draw, passages, domain) for draw in draws])
+
+
+def pair_prompt(draw: Draw, pairs: int) -> tuple[str, str]:
+    """Pairs of names, some of them again in another order up to a name, and what goes with it."""
+    maker, value = draw.pick((names.thing, names.place, names.person)), draw.pick((names.thing, names.place))
+    told = [(maker(draw), value(draw)) for _ in range(pairs)]
+    again = draw.order(told, draw.between(1, pairs))
+    lines = ["; ".join(f"{a}: {b}" for a, b in part) for part in (told, again)]
+    return "\n".join(lines).removesuffix(f" {again[-1][1]}"), f" {again[-1][1]}"
+
+
+def paired(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: int, *, questions: int = 128) -> float:
+    """The share of pairs that the model looks up exactly (greedy) when asked back."""
+    draws = [Draw("paired", VALIDATION_SEEDS[0], pairs, i) for i in range(questions)]
+    return answered(model, tokenizer, [pair_prompt(draw, pairs) for draw in draws])
+
+
+def likeness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> float:
+    """The mean cosine of the embeddings of words about the mean of all, each the first token after a quotation mark."""
+    first = len(tokenizer(' "', add_special_tokens=False)["input_ids"])
+    ids = [tokenizer(f' "{word}"', add_special_tokens=False)["input_ids"][first] for word in words]
+    rows = model.get_input_embeddings().weight.detach()
+    unit = nn.functional.normalize(rows[ids] - rows.mean(dim=0), dim=-1)
+    n = len(words)
+    return (((unit @ unit.T).sum().item()) - n) / (n * (n - 1))
+
+
+@torch.no_grad()
+def answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, cases: Sequence[tuple[str, str]]) -> float:
+    """The share of (prompt, answer) pairs whose answer is the model's greedy continuation."""
     rows, spans = [], []
-    for i in range(questions):
-        prompt, answer = reading_prompt(Draw("copying", VALIDATION_SEEDS[0], passages, i), passages, domain)
+    for prompt, answer in cases:
         ids = tokenizer(prompt)["input_ids"]
         target = tokenizer(answer, add_special_tokens=False)["input_ids"]
         rows.append(ids + target)
         spans.append((len(ids), len(ids) + len(target)))
     right = 0
-    for i in range(0, questions, 32):
+    for i in range(0, len(cases), 32):
         inputs = padded(rows[i : i + 32], tokenizer.pad_token_id).to(model.device)
         best = model(input_ids=inputs, use_cache=False).logits.argmax(-1)
         for row, guess, (start, end) in zip(inputs, best, spans[i : i + 32], strict=True):
             right += bool((guess[start - 1 : end - 1] == row[start:end]).all())
-    return right / questions
+    return right / len(cases)

@@ -21,15 +21,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from labkit.world.triage import ACTIONS, CATEGORIES, URGENCIES
+
 from .data import PHASES, Cursor, Phase, batches
 from .model import new
 from .optimizer import optimizers
-from .probe import IGNORED, copying, validation
+from .probe import IGNORED, copying, likeness, paired, validation
 from .shipping import redraw_rare, ship
 from .tokenizer import train_tokenizer
 
+LABELS = (*CATEGORIES, *URGENCIES, *ACTIONS)
 WARM_UP = 100
-MUON_RATE, ADAM_RATE = 0.02, 1e-3
+MUON_RATE, ADAM_RATE = 0.005, 1e-3
+ROWS, APART = 256, 0.01
 
 
 def rate(step: int, steps: int, fall: int) -> float:
@@ -55,6 +59,18 @@ def train_step(model: LlamaForCausalLM, batch: np.ndarray, pad: int, *, bf16: bo
     return loss.item()
 
 
+def keep_apart(embedding: nn.Parameter, step: int) -> None:
+    """Add to the gradient what pushes some rows of the embedding, drawn by the step, away from each other.
+
+    What all rows share does not count. The penalty is the sum of a row's squared cosines with the others, in the mean
+    over the rows (Gao et al., Representation degeneration problem in training natural language generation models,
+    2019, section 5).
+    """
+    drawn = torch.randperm(len(embedding), generator=torch.Generator().manual_seed(step))[:ROWS]
+    unit = nn.functional.normalize(embedding[drawn] - embedding.mean(dim=0), dim=-1)
+    (APART * (unit @ unit.T).square().sum() / len(unit)).backward()
+
+
 def machine(device: str) -> str:
     """What the run computes on, for the model card."""
     if device.startswith("cuda"):
@@ -68,6 +84,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
     loss = validation(model, tokenizer, 128)
     seen = {"validation": loss.model, "floor": loss.floor, "excess": loss.excess}
     seen |= {f"copying_{k}": copying(model, tokenizer, k, questions=64) for k in (1, 2, 4)}
+    seen |= {"pairs": paired(model, tokenizer, 4, questions=64), "labels": likeness(model, tokenizer, LABELS)}
     model.train()
     return seen
 
@@ -134,6 +151,7 @@ def train(
             if cursor.phase != state["cursor"][0]:
                 redraw_rare(model.get_input_embeddings().weight.data, state["counts"])
             losses.append(train_step(model, batch, tokenizer.pad_token_id, bf16=device.startswith("cuda")))
+            keep_apart(model.get_input_embeddings().weight, step)
             for opt in opts:
                 opt.step()
                 opt.zero_grad()
@@ -162,18 +180,16 @@ def main() -> None:
     """Train, then write the model where --ship says."""
     parser = argparse.ArgumentParser(description="Pretrain the base model; run again to go on after an interruption.")
     parser.add_argument("--folder", type=Path, default=Path(".course/pretraining"), help="checkpoints and history")
-    parser.add_argument("--steps", type=int, default=20_000, help="optimiser steps")
-    parser.add_argument(
-        "--fall", type=int, help="last steps, over which the rate falls to 0 (default: half of the steps)"
-    )
-    parser.add_argument("--every", type=int, default=100, help="steps between measurements and checkpoints")
+    parser.add_argument("--steps", type=int, default=31_000, help="optimiser steps")
+    parser.add_argument("--fall", type=int, help="last steps, over which the rate falls to 0 (default: all of them)")
+    parser.add_argument("--every", type=int, default=250, help="steps between measurements and checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that make data ahead; 8 or more for a GPU")
     parser.add_argument(
         "--ship", type=Path, help="write the final model to this folder (the card: python -m labkit.base_model.card)"
     )
     options = parser.parse_args()
-    fall = options.steps // 2 if options.fall is None else options.fall
+    fall = options.steps if options.fall is None else options.fall
     state = train(
         options.folder,
         steps=options.steps,

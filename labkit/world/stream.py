@@ -1,11 +1,13 @@
 """The pretraining stream: short documents that state facts and then state them again, each with its surprisal.
 
-Eight sorts of documents: `drill` (a list and the same list again), `register` (rolls read twice, pairs asked back in
-another order), `directory` (the same facts of several entities, asked back), `reading` (passages, then questions and
-answers about them in prose), `restate` (the same facts in another layout), `record` (facts in prose and as one line
-of JSON), `signs` (words on signs, asked back) and `complaint` (a message and what the clerks did about it). Names and
-values are new in every document, so nothing can be learnt by heart: a model gets better only by learning the language
-and by reading its context. No chat format and no triage is in it: no record has a triage's keys or labels.
+Eleven sorts of documents: `drill` (a list and the same list again), `pairs` (names and what goes with them, four
+times), `register` (rolls read twice, pairs asked back in another order), `lookup` (pairs in many layouts, asked back
+twice), `notices` (words and where they stand, asked back both ways), `quiz` (the same facts of several entities, every
+one of them asked for), `reading` (passages, then questions and answers about them in prose), `restate` (the same facts
+in another layout), `record` (facts in prose and as one line of JSON), `signs` (words on signs, asked back) and
+`complaint` (a message and what the clerks did about it). Names and values are new in every document, so nothing can be
+learnt by heart: a model gets better only by learning the language and by reading its context. No chat format and no
+triage is in it: no record has a triage's keys, and the words of its labels stand on signs and notices only.
 
 A document's `nats` are the surprisal of its derivation (see `draw.Draw`). In the mean over documents they are an
 upper bound of the surprisal of the text, tight up to rare ambiguities (two names that coincide, two slips that spell
@@ -22,6 +24,7 @@ from functools import partial
 from . import complaints, names
 from .domains import DOMAINS, Domain
 from .draw import Draw
+from .recall import lookup, notices, pairs
 from .render import Fact, as_list, ask, passage, prose, sentence
 from .schema import (
     COMPARISONS,
@@ -48,29 +51,29 @@ class Stage:
 
 
 STAGES = (
-    Stage("drill", (("drill", 1.0),), 1),
-    Stage("short", (("drill", 0.15), ("register", 0.20), ("reading", 0.35), ("restate", 0.20), ("complaint", 0.10)), 2),
+    Stage("drill", (("pairs", 0.7), ("drill", 0.3)), 1),
     Stage(
-        "middle",
+        "lookup",
         (
-            ("drill", 0.02),
-            ("register", 0.04),
-            ("reading", 0.53),
-            ("restate", 0.06),
-            ("record", 0.06),
-            ("signs", 0.04),
-            ("complaint", 0.25),
+            ("lookup", 0.43),
+            ("notices", 0.10),
+            ("quiz", 0.25),
+            ("reading", 0.10),
+            ("restate", 0.05),
+            ("complaint", 0.07),
         ),
         2,
     ),
     Stage(
-        "recall",
+        "quiz",
         (
-            ("directory", 0.45),
-            ("register", 0.15),
-            ("reading", 0.30),
-            ("restate", 0.04),
-            ("complaint", 0.06),
+            ("lookup", 0.09),
+            ("notices", 0.06),
+            ("quiz", 0.50),
+            ("reading", 0.20),
+            ("restate", 0.02),
+            ("record", 0.03),
+            ("complaint", 0.10),
         ),
         4,
     ),
@@ -173,17 +176,22 @@ def register(draw: Draw) -> str:
     return "\n".join(lines)
 
 
-def directory(draw: Draw) -> str:
-    """The same one or two facts of several entities, a sentence each, and then questions about them: whoever asks must
-    find the name."""
+def quiz(draw: Draw) -> str:
+    """The same one to three facts of two to five entities as prose or lists, and every one of them asked for, with a
+    bare answer."""
     kind = draw.pick(pick_domain(draw).kinds)
-    attributes = draw.order(kind.attributes, draw.between(1, 2))
+    attributes = draw.order(kind.attributes, draw.between(1, 3))
     entities = [kind.name(draw) for _ in range(draw.between(2, 5))]
-    facts = [new_fact(draw, kind, entity, a, may_change=False) for entity in entities for a in attributes]
-    lines = [sentence(draw, kind, fact) for fact in facts]
-    asked = draw.order(facts, draw.between(2, min(5, len(facts))))
-    joint = draw.pick((" ", "\n"))
-    return "\n".join([joint.join(lines), *answers(draw, [partial(question, draw, kind, fact) for fact in asked])])
+    groups = [[new_fact(draw, kind, e, a, may_change=False) for a in draw.order(attributes)] for e in entities]
+    way = draw.weighted((("list", 0.25), ("named", 0.35), ("prose", 0.40)))
+    if way == "list":
+        texts = [as_list(kind, facts) for facts in groups]
+    elif way == "named":
+        texts = [" ".join(sentence(draw, kind, fact) for fact in facts) for facts in groups]
+    else:
+        texts = [prose(draw, kind, facts) for facts in groups]
+    asked = [question(draw, kind, fact) for fact in draw.order([fact for facts in groups for fact in facts])]
+    return "\n".join([*texts, *(f"{q.text}\n{q.answer}" for q in asked)])
 
 
 def new_fact(draw: Draw, kind: Kind, entity: str, attribute: Attribute, *, may_change: bool = True) -> Fact:
@@ -364,9 +372,12 @@ def hop(link: Attribute, reference: Reference) -> Reference:
 MAKERS: dict[str, Callable[[Draw], str]] = {
     "drill": drill,
     "register": register,
-    "directory": directory,
+    "pairs": pairs,
+    "lookup": lookup,
+    "quiz": quiz,
     "restate": restate,
     "record": record,
     "signs": signs,
+    "notices": partial(notices, words=SIGNS),
     "complaint": complaint,
 }

@@ -12,10 +12,11 @@ from labkit import base_model
 from labkit.base_model import data, train
 from labkit.base_model.data import Phase, batch_up, shard
 from labkit.base_model.optimizer import Muon, orthogonalise
-from labkit.base_model.probe import padded
+from labkit.base_model.probe import likeness, padded, pair_prompt
 from labkit.base_model.shipping import redraw_rare, ship
 from labkit.base_model.train import rate
 from labkit.world import TRAIN_SEEDS, World
+from labkit.world.draw import Draw
 from labkit.world.stream import STAGES, document
 
 Loaded = tuple[LlamaForCausalLM, PreTrainedTokenizerFast]
@@ -248,6 +249,43 @@ def test_a_shipped_vocabulary_has_no_two_rows_alike(shipped: Loaded) -> None:
     rows = nn.functional.normalize(model.get_input_embeddings().weight, dim=-1)
     alike = (rows @ rows.T).fill_diagonal_(0)
     assert alike.max() < 0.99
+
+
+def test_crowded_rows_move_apart_and_keep_what_all_share() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(300, 32) + 3)
+    with torch.no_grad():
+        weight[:40] += 3 * torch.randn(32)
+    shared = weight.detach().mean(dim=0)
+
+    def crowd() -> float:
+        rows = weight.detach() - weight.detach().mean(dim=0)
+        unit = nn.functional.normalize(rows[:40], dim=-1)
+        return (unit @ unit.T).mean().item()
+
+    before = crowd()
+    optimizer = torch.optim.AdamW([weight], 0.05, weight_decay=0.0)
+    for step in range(300):
+        optimizer.zero_grad()
+        train.keep_apart(weight, step)
+        optimizer.step()
+    assert before > 0.8
+    assert crowd() < 0.3
+    assert torch.allclose(weight.detach().mean(dim=0), shared, atol=0.5)
+
+
+def test_the_likeness_of_words_is_a_mean_cosine(shipped: Loaded) -> None:
+    model, tokenizer = shipped
+    assert likeness(model, tokenizer, ["low", "low"]) == pytest.approx(1, abs=1e-5)
+    assert -1 < likeness(model, tokenizer, train.LABELS) < 1
+
+
+def test_a_pair_is_asked_back_without_its_value() -> None:
+    for i in range(50):
+        prompt, answer = pair_prompt(Draw("pair", i), 4)
+        told, again = prompt.split("\n")
+        assert again.endswith(":")
+        assert f"{again.split('; ')[-1]}{answer}" in told
 
 
 def test_padding_is_on_the_right() -> None:

@@ -8,7 +8,8 @@ import pytest
 from labkit.world import ACTIONS, CATEGORIES, URGENCIES, VALIDATION_SEEDS, complaints, names
 from labkit.world.card import CARD, card, coverage, diversity, words
 from labkit.world.draw import Draw
-from labkit.world.stream import SIGNS, STAGES, Stage, document, register
+from labkit.world.recall import lookup, notices, pairs
+from labkit.world.stream import SIGNS, STAGES, Stage, document, quiz, register
 
 
 def test_surprisal_is_the_log_of_the_probability() -> None:
@@ -72,17 +73,19 @@ def test_the_mix_is_as_stated(stage: Stage) -> None:
         assert counts[sort] / n == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / n))
 
 
-def test_the_stream_knows_neither_chat_nor_triage() -> None:
+@pytest.mark.parametrize("stage", STAGES[1:], ids=lambda s: s.name)
+def test_the_stream_knows_neither_chat_nor_triage(stage: Stage) -> None:
+    """No record has a key of a triage; where one has a label as its value, it is a word on a notice."""
     labels = {*CATEGORIES, *URGENCIES, *ACTIONS}
     records = 0
     for i in range(3000):
-        text = document(VALIDATION_SEEDS[i]).text
-        assert "<|" not in text
-        for line in re.findall(r"^\{.*\}$", text, re.MULTILINE):
+        sample = document(VALIDATION_SEEDS[i], stage)
+        assert "<|" not in sample.text
+        for line in re.findall(r"^\{.*\}$", sample.text, re.MULTILINE):
             records += 1
             data = json.loads(line)
             assert not {"category", "urgency", "action"} & set(data)
-            assert not labels & set(data.values())
+            assert not labels & set(data.values()) or (sample.sort == "notices" and set(data) == {"town", "word"})
     assert records > 100
 
 
@@ -116,6 +119,46 @@ def test_a_register_says_every_pair_twice() -> None:
         text = register(Draw("register", i))
         first = text.split("\n")[0]
         assert len(text) > 1.5 * len(first)
+
+
+def test_a_lookup_asks_every_pair_twice() -> None:
+    for i in range(50):
+        text = lookup(Draw("lookup", i))
+        end = next(e for e in ("; ", ". ", "\n") if e in text)
+        pieces = text.replace("\n", end).split(end)
+        n = len(pieces) // 3
+        assert sorted(pieces[:n]) == sorted(pieces[n : 2 * n]) == sorted(pieces[2 * n :])
+
+
+def test_a_quiz_answers_from_its_text() -> None:
+    for i in range(50):
+        lines = quiz(Draw("quiz", i)).split("\n")
+        first = next(j for j, line in enumerate(lines) if line.endswith("?") or line.startswith("Name the "))
+        answers = lines[first + 1 :: 2]
+        assert len(answers) >= 2
+        assert all(answer in "\n".join(lines[:first]) for answer in answers)
+
+
+def test_pairs_come_back_in_other_orders() -> None:
+    orders = set()
+    for i in range(50):
+        turns = [turn.split("; ") for turn in pairs(Draw("pairs", i)).split("\n")]
+        assert len(turns) == 4
+        assert all(sorted(turn) == sorted(turns[0]) for turn in turns)
+        orders.add(tuple(turns[0].index(pair) for pair in turns[1]))
+    assert len(orders) > 20
+
+
+def test_notices_can_be_asked_both_ways() -> None:
+    """No word stands twice in a document, so a word tells its place as a place tells its word."""
+    seen = set()
+    for i in range(200):
+        text = notices(Draw("notices", i), SIGNS)
+        counts = Counter(word for word in re.findall(r'"([a-z]+)"', text) if word in SIGNS)
+        assert 3 <= len(counts) <= 6
+        assert set(counts.values()) == {3}
+        seen |= set(counts)
+    assert seen == set(SIGNS)
 
 
 def test_the_data_card_is_what_its_code_writes() -> None:
