@@ -23,13 +23,11 @@ WINDOW = 256
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training: the mix of documents, the most tokens in a batch, its shards (None: to the end), and the
-    number of the first, so that a mix can come back without repeating a document."""
+    """A stretch of training: the mix of documents, the most tokens in a batch, its shards (None: to the end)."""
 
     stage: Stage
     tokens: int
     shards: int | None
-    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def batches(
         ahead: list[tuple[int, int, Future[list[np.ndarray]]]] = []
         skip = cursor.batch
         for p, s in shards():
-            ahead.append((p, s, pool.submit(shard, tokenizer, phases[p], phases[p].first + s)))
+            ahead.append((p, s, pool.submit(shard, tokenizer, phases[p], s)))
             if len(ahead) <= workers:
                 continue
             p, s, future = ahead.pop(0)

@@ -1,9 +1,18 @@
 """What training drills before it reads: names and words that must be told apart to find what goes with them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from . import names
 from .draw import Draw
+
+VALUES: tuple[Callable[[Draw], str], ...] = (
+    names.thing,
+    names.place,
+    names.person,
+    lambda draw: str(draw.between(100, 999)),
+    lambda draw: str(draw.between(10, 99)),
+)
+"""Makers of what can go with a name."""
 
 
 def pairs(draw: Draw) -> str:
@@ -16,15 +25,7 @@ def pairs(draw: Draw) -> str:
 def lookup(draw: Draw) -> str:
     """Pairs, and each of them asked back twice, in other orders: only the name tells the value."""
     key = draw.pick((names.thing, names.place, names.person))
-    value = draw.pick(
-        (
-            names.thing,
-            names.place,
-            names.person,
-            lambda d: str(d.between(100, 999)),
-            lambda d: str(d.between(10, 99)),
-        )
-    )
+    value = draw.pick(VALUES)
     told = [(key(draw), value(draw)) for _ in range(draw.between(2, 5))]
     joint = draw.pick((": ", " goes with ", " has ", " - ", ", "))
     end = draw.pick(("\n", "; ", ". "))

@@ -24,7 +24,7 @@ from functools import partial
 from . import complaints, names
 from .domains import DOMAINS, Domain
 from .draw import Draw
-from .recall import lookup, notices, pairs
+from .recall import VALUES, lookup, notices, pairs
 from .render import Fact, as_list, ask, passage, prose, sentence
 from .schema import (
     COMPARISONS,
@@ -157,15 +157,7 @@ def register(draw: Draw) -> str:
         if draw.chance(0.5):
             copies.append("\n".join(f'"{name}"' for name in roll))
         return "\n".join(copies)
-    value = draw.pick(
-        (
-            names.thing,
-            names.place,
-            names.person,
-            lambda d: str(d.between(100, 999)),
-            lambda d: str(d.between(10, 99)),
-        )
-    )
+    value = draw.pick(VALUES)
     pairs = [(maker(draw), value(draw)) for _ in range(draw.between(2, 6))]
     joint = draw.pick((": ", " goes with ", " has ", " - "))
     end = draw.pick(("\n", "; ", ". "))
