@@ -1,9 +1,9 @@
 """Pretrain the base model: `python -m labkit.base_model.train`.
 
-The learning rate warms up, stays, and falls linearly to zero over the last part of the steps (warm-up, stable, decay:
-Hu et al., MiniCPM, 2024, section 4), so a longer run repeats a shorter one until that decays: the checkpoint
-`plateau.pt`, kept when the fall begins, continues with a larger `--steps`. A run can be killed at any time and
-started again; it goes on from the last checkpoint and ends with the same weights as a run that was never killed.
+The learning rate warms up and falls linearly to zero. With `--fall` it stays until the last steps (warm-up, stable,
+decay: Hu et al., MiniCPM, 2024, section 4), so that a longer run repeats a shorter one until that decays: the
+checkpoint `plateau.pt`, kept when the fall begins, continues with a larger `--steps`. A run can be killed at any time
+and started again; it goes on from the last checkpoint and ends with the same weights as a run that was never killed.
 """
 
 import argparse
